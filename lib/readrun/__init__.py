@@ -1,0 +1,1 @@
+"""Read & Run: thin helpers shared by the chapters of the book."""
