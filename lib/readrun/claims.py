@@ -10,120 +10,43 @@ import datetime
 import hashlib
 import json
 import re
+from collections import Counter
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 VERDICTS = ("reproduced", "weaker", "contradicted", "inconclusive", "void", "not_run", "reported")
-Direction = Literal["lower", "higher"]
-Scale = Literal["difference", "ratio"]
+ID = r"c\d+[a-z]?(-[a-z0-9]+)+"
 Over = Annotated[str, Field(pattern=r"^(seed|item|exact|cluster:[a-z0-9_-]+)$")]
-NUMBERED = r"c\d+[a-z]?(-[a-z0-9]+)+"  # c2-wrong-length, c5b-near-ood
-
-
-TAGS = {
-    "difference",
-    "ratio",
-    "bound",
-    "equal",
-    "equivalence",
-    "not_worse",
-    "count",
-    "reported",
-    "node",
-    "leaf",
+# What each rule form needs and may have; what the forms mean is said in readrun.stats, which applies them.
+FORMS: dict[str, tuple[set[str], set[str]]] = {
+    "difference": ({"direction"}, {"margin"}),  # ours - baseline (without baseline: ours is a difference)
+    "ratio": ({"direction"}, {"margin"}),  # ours / baseline; margin 1.5: at least 1.5x; 0.67 with lower
+    "bound": ({"direction", "bound"}, set()),  # higher: ours >= bound
+    "equal": ({"value"}, {"tolerance"}),  # every value; the tolerance is for floating-point rounding
+    "equivalence": ({"margin"}, {"scale"}),  # two one-sided tests; scale ratio: within 1/margin … margin
+    "not_worse": ({"direction", "margin"}, {"scale"}),  # direction is the good one
+    "count": ({"k", "rules"}, set()),  # at least k of the sub-rules
+    "reported": (set(), set()),  # the paper gives no rule
 }
 
 
 class ClaimsError(ValueError):
-    """A paper file that does not keep the schema; the message lists every fault with its place in the file."""
+    """A paper file that does not keep the schema; the message lists every fault with its place."""
 
 
 class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class Difference(Strict):
-    """ours - baseline beyond `margin` in `direction`. Without a baseline `ours` is a difference already."""
-
-    form: Literal["difference"]
-    direction: Direction
-    margin: float = Field(0.0, ge=0)
-
-
-class Ratio(Strict):
-    """ours / baseline, on the log scale: >= margin (higher, margin >= 1) or <= margin (lower, margin <= 1)."""
-
-    form: Literal["ratio"]
-    direction: Direction
-    margin: float = Field(1.0, gt=0)
-
-    @model_validator(mode="after")
-    def _side(self) -> Ratio:
-        if (self.direction == "higher") != (self.margin >= 1) and self.margin != 1:
-            raise ValueError(
-                "margin of a ratio is >= 1 for direction higher (1.5: at least 1.5x), <= 1 for lower"
-            )
-        return self
-
-
-class Bound(Strict):
-    """The metric of `ours` on the stated side of a number: higher means >= bound, lower means <= bound."""
-
-    form: Literal["bound"]
-    direction: Direction
-    bound: float
-
-
-class Equal(Strict):
-    """Every value of `ours` is `value` (counts, algebra); `tolerance` is for floating-point rounding only."""
-
-    form: Literal["equal"]
-    value: float
-    tolerance: float = Field(0.0, ge=0)
-
-
-class Equivalence(Strict):
-    """ours - baseline inside ±margin (scale ratio: the ratio inside 1/margin … margin): two one-sided tests."""
-
-    form: Literal["equivalence"]
-    margin: float = Field(gt=0)
-    scale: Scale = "difference"
-
-
-class NotWorse(Strict):
-    """ours worse than baseline by less than `margin` (scale ratio: by a factor below it); `direction` is good."""
-
-    form: Literal["not_worse"]
-    direction: Direction
-    margin: float = Field(ge=0)
-    scale: Scale = "difference"
-
-
-class Count(Strict):
-    """At least k of the n sub-rules are reproduced; a sub-rule inherits metric, arms and over from its claim."""
-
-    form: Literal["count"]
-    k: int = Field(ge=1)
-    rules: list[Part] = Field(min_length=1)
-
-    @model_validator(mode="after")
-    def _k_of_n(self) -> Count:
-        if self.k > len(self.rules):
-            raise ValueError(f"k = {self.k} of only {len(self.rules)} sub-rules")
-        return self
-
-
-class Reported(Strict):
-    """The paper gives no rule: the number is shown, nobody wins."""
-
-    form: Literal["reported"]
-
-
-Simple = Difference | Ratio | Bound | Equal | Equivalence | NotWorse
-Rule = Annotated[Simple | Count | Reported, Field(discriminator="form")]
+def _refuse(model: Any, *faults: tuple[Any, str]) -> Any:
+    for wrong, message in faults:
+        if wrong:
+            raise ValueError(message)
+    return model
 
 
 class Arms(Strict):
@@ -131,10 +54,39 @@ class Arms(Strict):
     baseline: str | None = None
 
 
-class Part(Strict):
-    """One sub-rule of a count."""
+class Rule(Strict):
+    """When a claim counts as reproduced. Which keys belong to which form: FORMS."""
 
-    rule: Annotated[Simple, Field(discriminator="form")]
+    form: Literal[tuple(FORMS)]  # type: ignore[valid-type]
+    direction: Literal["lower", "higher"] | None = None
+    margin: float | None = Field(None, ge=0)
+    bound: float | None = None
+    value: float | None = None
+    tolerance: float = Field(0.0, ge=0)
+    scale: Literal["difference", "ratio"] = "difference"
+    k: int | None = Field(None, ge=1)
+    rules: list[Part] = []
+
+    @model_validator(mode="after")
+    def _keys(self) -> Rule:
+        (need, may), given = FORMS[self.form], self.model_fields_set - {"form"}
+        margin = 1 if self.margin is None else self.margin
+        wrong_side = margin < 1 if self.direction == "higher" else not 0 < margin <= 1
+        return _refuse(
+            self,
+            (need - given, f"form {self.form} needs {', '.join(sorted(need - given))}"),
+            (given - need - may, f"form {self.form} takes no {', '.join(sorted(given - need - may))}"),
+            (self.form == "ratio" and wrong_side, "margin of a ratio: >= 1 for higher, 0 … 1 for lower"),
+            (self.scale == "ratio" and margin < 1, "margin with scale ratio is a factor, as in 1.03 for 3 %"),
+            (self.form == "equivalence" and margin == 0, "margin of an equivalence must be > 0"),
+            (self.form == "count" and (self.k or 0) > len(self.rules), "k is more than there are rules"),
+        )
+
+
+class Part(Strict):
+    """One sub-rule of a count; metric, arms and over are the claim's unless given."""
+
+    rule: Rule
     metric: str | None = None
     arms: Arms | None = None
     over: Over | None = None
@@ -160,30 +112,40 @@ class Claim(Strict):
     over: Over
     requires: list[str] = []
     gates: list[str] = []
-    badge: str | None = None  # None: chosen here; "": none
+    badge: str | None = None  # None: chosen by `caution`; "": none
 
     @model_validator(mode="after")
     def _consistent(self) -> Claim:
-        pattern = NUMBERED if self.kind != "sanity" else r"[a-z]+\d*[a-z]?(-[a-z0-9]+)+"
-        if not re.fullmatch(pattern, self.id):
-            raise ValueError(
-                f"id {self.id!r} must begin with the claim's number, as in c2-wrong-length or c5a-far"
+        _refuse(
+            self,
+            (
+                not re.fullmatch(ID, self.id) and self.kind != "sanity",
+                "id begins with the number: c5a-far-ood",
+            ),
+            (
+                self.headline and self.kind == "sanity",
+                "a sanity claim is decided by construction: no headline",
+            ),
+            (self.headline and self.rule.form == "reported", "a rule of form reported makes no headline"),
+        )
+        for part in self.parts():
+            form, pair = part.rule.form, bool(part.arms.baseline)
+            needs = form in ("ratio", "not_worse") or part.rule.scale == "ratio"
+            nested = form == "count" or form == "reported" and self.rule.form == "count"
+            _refuse(
+                self,
+                (needs and not pair, f"form {form} needs arms.baseline"),
+                (form in ("bound", "equal") and pair, f"form {form} takes no arms.baseline, it has a number"),
+                (form == "equal" and part.over != "exact", "form equal is over: exact"),
+                (nested, f"a sub-rule of a count cannot be of form {form}"),
             )
-        if self.headline and self.kind == "sanity":
-            raise ValueError("a sanity claim is decided by construction and is never a headline")
-        if self.headline and self.rule.form == "reported":
-            raise ValueError("a headline needs a rule; reported decides nothing")
-        for part in parts(self):
-            needs = part.rule.form in ("ratio", "not_worse") or getattr(part.rule, "scale", "") == "ratio"
-            if needs and part.arms.baseline is None:
-                raise ValueError(f"a rule of form {part.rule.form} needs arms.baseline")
-            if part.rule.form in ("bound", "equal") and part.arms.baseline is not None:
-                raise ValueError(
-                    f"a rule of form {part.rule.form} takes no arms.baseline: it compares with a number"
-                )
-            if part.rule.form == "equal" and part.over != "exact":
-                raise ValueError("a rule of form equal is over: exact")
         return self
+
+    def parts(self) -> list[Part]:
+        """The rule, or the sub-rules of a count, with metric, arms and over filled in."""
+        own = {"metric": self.metric, "arms": self.arms, "over": self.over}
+        subs = self.rule.rules or [Part.model_construct(rule=self.rule)]
+        return [Part.model_construct(**own | {k: v for k, v in p if v is not None}) for p in subs]
 
     @property
     def caution(self) -> str:
@@ -192,48 +154,30 @@ class Claim(Strict):
         return self.badge if self.badge is not None else "one training" if one else ""
 
 
-def parts(claim: Claim) -> list[Part]:
-    """The rule(s) of a claim with metric, arms and over filled in: one, or those of a count."""
-    own = [Part.model_construct(rule=claim.rule, metric=None, arms=None, over=None)]
-    return [
-        Part.model_construct(
-            rule=p.rule, metric=p.metric or claim.metric, arms=p.arms or claim.arms, over=p.over or claim.over
-        )
-        for p in (claim.rule.rules if isinstance(claim.rule, Count) else own)
-    ]
+class Task(Strict):
+    """A node of the rubric (weights are relative to its siblings, as in PaperBench) or, with `kind`, a leaf.
 
-
-class Leaf(Strict):
-    """One thing that is there or not. A result leaf is earned only by the verdicts of its claims."""
+    A result leaf is earned only by the verdicts of the claims that it names.
+    """
 
     requirements: str
-    weight: int = Field(gt=0)
-    kind: Literal["code", "execution", "result"]
+    weight: int = Field(1, gt=0)
+    sub_tasks: list[Task] = []
+    kind: Literal["code", "execution", "result"] | None = None
     claims: list[str] = []
     id: str | None = None
 
     @model_validator(mode="after")
-    def _earned(self) -> Leaf:
-        if bool(self.claims) != (self.kind == "result"):
-            raise ValueError("a result leaf names the claims that earn it, and no other leaf does")
-        return self
+    def _node_or_leaf(self) -> Task:
+        either = bool(self.sub_tasks) == bool(self.kind)
+        return _refuse(
+            self,
+            (either, "a task has either sub_tasks or, as a leaf, a kind (code, execution, result)"),
+            (bool(self.claims) != (self.kind == "result"), "a result leaf, and no other, names its claims"),
+        )
 
-
-def _is_node(task: Any) -> str:
-    return "node" if isinstance(task, Node) or isinstance(task, dict) and "sub_tasks" in task else "leaf"
-
-
-Task = Annotated[Annotated["Node", Tag("node")] | Annotated[Leaf, Tag("leaf")], Discriminator(_is_node)]
-
-
-class Node(Strict):
-    requirements: str
-    weight: int = Field(1, gt=0)
-    sub_tasks: list[Task] = Field(min_length=1)
-    id: str | None = None
-
-    def leaves(self) -> list[Leaf]:
-        return [x for t in self.sub_tasks for x in (t.leaves() if isinstance(t, Node) else [t])]
+    def leaves(self) -> list[Task]:
+        return [leaf for t in self.sub_tasks for leaf in t.leaves()] if self.sub_tasks else [self]
 
 
 class Amendment(Strict):
@@ -253,45 +197,43 @@ class Paper(Strict):
     official_code: str | None
     part: str
     claims: list[Claim] = Field(min_length=1)
-    rubric: Node
-    derived: dict[str, str] = {}
+    rubric: Task
+    derived: dict[str, str] = {}  # metric: name of the chapter's function(metrics, arrays) -> {arm: values}
     amendments: list[Amendment] = []
 
     @model_validator(mode="after")
-    def _tree(self) -> Paper:
-        ids = [c.id for c in self.claims]
-        if twice := sorted({i for i in ids if ids.count(i) > 1}):
-            raise ValueError(f"claim ids are not unique: {', '.join(twice)}")
-        by_id, waiting = dict(zip(ids, self.claims, strict=True)), list(self.claims)
+    def _references(self) -> Paper:
+        known = Counter(c.id for c in self.claims)
+        decided = {c.id for c in self.claims if c.rule.form != "reported"}
+        twice = [i for i, n in known.items() if n > 1]
+        _refuse(self, (twice, f"claim ids given twice: {', '.join(twice)}"))
         for c in self.claims:
-            for key, name in [("requires", r) for r in c.requires] + [("gates", g) for g in c.gates]:
-                if name not in by_id:
-                    raise ValueError(f"{c.id}: {key} names {name!r}, which is no claim of this file")
-                if by_id[name].rule.form == "reported":
-                    raise ValueError(
-                        f"{c.id}: {key} names {name!r}, whose rule is reported and decides nothing"
-                    )
-        while waiting:  # peel off claims whose guards are decided; what cannot be peeled is a cycle
-            left = {c.id for c in waiting}
-            rest = [c for c in waiting if left & {*c.requires, *c.gates}]
-            if len(rest) == len(waiting):
-                raise ValueError(f"requires and gates go in a circle: {', '.join(sorted(left))}")
-            waiting = rest
+            lost = sorted({*c.requires, *c.gates} - decided)
+            _refuse(self, (lost, f"{c.id}: requires/gates name {', '.join(lost)}: no claim here with a rule"))
         for leaf in self.rubric.leaves():
-            if unknown := sorted(set(leaf.claims) - set(ids)):
-                raise ValueError(
-                    f"rubric leaf {leaf.requirements!r} names unknown claims: {', '.join(unknown)}"
-                )
+            lost = sorted(set(leaf.claims) - set(known))
+            _refuse(self, (lost, f"rubric leaf {leaf.requirements!r} names unknown {', '.join(lost)}"))
+        self.ordered()
         return self
 
+    def ordered(self) -> list[Claim]:
+        """The claims, guards and gates before those they guard. Raises ValueError if that goes in a circle."""
+        by_id = {c.id: c for c in self.claims}
+        try:
+            order = TopologicalSorter({c.id: [*c.requires, *c.gates] for c in self.claims}).static_order()
+            return [by_id[i] for i in order]
+        except CycleError as error:
+            raise ValueError(f"requires and gates go in a circle: {' <- '.join(error.args[1])}") from None
+
     def rules(self) -> dict[str, dict[str, Any]]:
-        """What decides each verdict: everything but the wording and the paper's own number."""
+        """{claim id: what decides its verdict}: everything but the wording and the paper's own number."""
         wording = {"statement", "paper", "badge"}
-        out = {}
-        for c in self.claims:
-            derived = {p.metric: self.derived[p.metric] for p in parts(c) if p.metric in self.derived}
-            out[c.id] = {**c.model_dump(mode="json", exclude=wording), "derived": derived}
-        return out
+        names = {c.id: {p.metric for p in c.parts()} & set(self.derived) for c in self.claims}
+        return {
+            c.id: c.model_dump(mode="json", exclude=wording, exclude_defaults=True)
+            | {"derived": {m: self.derived[m] for m in sorted(names[c.id])}}
+            for c in self.claims
+        }
 
     @property
     def claims_sha256(self) -> str:
@@ -302,30 +244,28 @@ class _Loader(yaml.SafeLoader):
     """YAML that refuses a key given twice (PyYAML would keep the last and say nothing)."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict:
-        keys = [self.construct_object(k, deep=True) for k, _ in node.value]
-        if twice := sorted({str(k) for k in keys if keys.count(k) > 1}):
-            raise yaml.MarkedYAMLError(
-                problem=f"key given twice: {', '.join(twice)}", problem_mark=node.start_mark
-            )
+        keys = Counter(self.construct_object(k, deep=True) for k, _ in node.value)
+        if twice := [str(k) for k, n in keys.items() if n > 1]:
+            problem = f"key given twice: {', '.join(twice)}"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
         return super().construct_mapping(node, deep)
 
 
 def parse(text: str, where: str) -> Paper:
-    """A paper from YAML. Raises ClaimsError with one line per fault, each with its place and, for a claim, its id."""
+    """A paper from YAML. Raises ClaimsError with one line per fault: its place (claims by id) and reason."""
     try:
-        data = yaml.load(text, _Loader)  # noqa: S506 (a SafeLoader)
+        data = yaml.load(text, _Loader)
         return Paper.model_validate(data)
     except yaml.YAMLError as error:
         raise ClaimsError(f"{where}: not readable as YAML: {error}") from error
     except ValidationError as error:
-        lines = []
+        lines = [where + ":"]
         for fault in error.errors():
-            place = [x for i, x in enumerate(fault["loc"]) if not (i and x in TAGS)]
-            if place[:1] == ["claims"] and len(place) > 1:
-                claim = data["claims"][place[1]]
-                place[1] = claim.get("id", place[1]) if isinstance(claim, dict) else place[1]
-            lines.append(f"  {'.'.join(map(str, place)) or 'file'}: {fault['msg']}")
-        raise ClaimsError(f"{where}: {len(lines)} fault(s)\n" + "\n".join(lines)) from error
+            place = list(fault["loc"]) or ["file"]
+            if place[0] == "claims" and len(place) > 1 and isinstance(data["claims"][place[1]], dict):
+                place[1] = data["claims"][place[1]].get("id", place[1])
+            lines.append(f"  {'.'.join(map(str, place))}: {fault['msg'].removeprefix('Value error, ')}")
+        raise ClaimsError("\n".join(lines)) from error
 
 
 def load(slug: str, file: Path | None = None) -> Paper:
@@ -334,7 +274,7 @@ def load(slug: str, file: Path | None = None) -> Paper:
 
     file = file or paths.papers(slug)
     if not file.is_file():
-        raise ClaimsError(f"chapter {slug!r} has no paper file {file.name} (expected at {file})")
+        raise ClaimsError(f"chapter {slug!r} has no paper file: {file}")
     paper = parse(file.read_text(encoding="utf-8"), file.name)
     if paper.slug != slug:
         raise ClaimsError(f"{file.name}: slug is {paper.slug!r}, expected {slug!r}")
