@@ -16,8 +16,8 @@ def picker(run: Any, name: str, draw: Callable[..., Any], grid: Grid, *, alt: An
     """Draw every state of `grid`, save the pictures in the run's media, show native controls that pick one.
 
     Args:
-        draw: called with one value per key of `grid`; returns what `media.pixels` takes. Its errors propagate:
-            a broken state fails the cell.
+        draw: called with one value per key of `grid`; returns what `media.pixels` takes. Its error in any
+            state fails the cell.
         alt: text, or a function of the state that gives it.
     """
     codes = list(itertools.product(*(range(len(choices)) for choices in grid.values())))

@@ -1,10 +1,16 @@
-"""Tables of the book: small HTML that reads without a style sheet, styled by `book/_static/readrun.css`."""
+"""Tables of the book: small HTML that reads without a style sheet, dressed by `book/_static/readrun.css`."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
+
+from readrun import paths
+
+Row = Mapping[str, Any]
 
 
 def html(template: str, **context: Any) -> Any:
@@ -17,53 +23,60 @@ def html(template: str, **context: Any) -> Any:
 
 
 def number(value: Any) -> str:
-    """Write a number with at most four significant digits; other values as they are, None as a dash."""
-    if value is None:
-        return "–"
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return str(value)
-    whole = isinstance(value, int) or 1e4 <= abs(value) < 1e15 and value == int(value)
-    return f"{value:,.0f}" if whole else f"{value:.4g}"
+    """Write a number with four significant digits, other things as they are, None as a dash."""
+    if value is None or isinstance(value, bool) or not isinstance(value, int | float):
+        return "–" if value is None else str(value)
+    whole = isinstance(value, int) or 1e4 <= abs(value) < 1e15
+    return (f"{value:,.0f}" if whole else f"{value:.4g}").replace("-", "−")
 
 
-def measured(claim: Mapping[str, Any]) -> str:
-    """Write a claim's effect with its interval: "-42.1 [-50.3, -33.9], 5 seeds"."""
-    if claim.get("effect") is None:
+def measured(found: Row, form: str = "") -> str:
+    """Write an effect with its interval: "−42.1 [−50.3, −33.9] over 5 seeds"; a ratio gets a "×"."""
+    if found.get("effect") is None:
         return "–"
-    low, high = claim.get("low"), claim.get("high")
+    low, high, over = found.get("low"), found.get("high"), str(found.get("over") or "exact")
     interval = "" if low is None or high is None else f" [{number(low)}, {number(high)}]"
-    over = str(claim.get("over") or "exact").removeprefix("cluster:")
-    return f"{number(claim['effect'])}{interval}" + ("" if over == "exact" else f", {claim.get('n')} {over}s")
+    tail = "" if over == "exact" else f" over {found.get('n')} {over.removeprefix('cluster:')}s"
+    return number(found["effect"]) + "×" * (form == "ratio") + interval + tail
 
 
 def verdicts(results: Any) -> Any:
     """Table of the chapter's claims with the verdicts of `results`; what has none is `not_run`."""
     from readrun import claims
 
-    rows = []
-    for claim in claims.load(results.slug).claims:
+    paper, rows = claims.load(results.slug), []
+    for claim in paper.claims:
+        amended = [a.model_dump(mode="json") for a in paper.amendments if a.claim == claim.id]
+        about = {key: getattr(claim, key) for key in ("id", "headline", "evidence", "statement")}
+        about |= {"badge": claim.caution, "paper": claim.paper.value, "where": claim.paper.where}
         found = results.claims.get(claim.id) or {"verdict": "not_run"}
-        found = found if isinstance(found, Mapping) else vars(found)
-        paper = f"{claim.paper.value} ({claim.paper.where})" if claim.paper else "–"
-        rows.append({**{key: getattr(claim, key) for key in ("id", "headline", "evidence", "statement")},
-                     "verdict": found["verdict"], "measured": measured(found), "paper": paper})  # fmt: skip
-    return html("verdicts", rows=rows)
+        rows.append({**about, **found, "form": claim.rule.form, "amended": amended})
+    return _claims(rows)
+
+
+def _claims(rows: Sequence[Row]) -> Any:
+    def told(row: Row) -> Row:
+        paper = "–" if row.get("paper") is None else f"{number(row['paper'])} ({row['where']})"
+        return {**row, "measured": measured(row, row.get("form", "")), "paper": paper.replace(" (None)", "")}
+
+    return html("verdicts", rows=[told(row) for row in rows])
 
 
 def provenance(results: Any) -> Any:
     """Where, when and with what `results` were measured."""
-    versions = ", ".join(f"{name} {version}" for name, version in (results.versions or {}).items())
+    peak = {"memory": results.peak_ram_gib, "GPU memory": results.peak_gpu_gib}
     facts = {"profile": results.profile, "device": results.device, "recorded": results.recorded,
-             "commit": (results.commit or "–")[:12], "compute": f"{number(round(results.seconds or 0))} s",
-             "versions": versions or "–"}  # fmt: skip
+             "commit": (results.commit or "–")[:12], "computing": f"{number(round(results.seconds or 0))} s",
+             **{key: f"{number(value)} GiB" for key, value in peak.items() if value},
+             "versions": ", ".join(f"{name} {v}" for name, v in (results.versions or {}).items()) or "–",
+             }  # fmt: skip
     return html("provenance", facts=facts, stale=bool(results.stale))
 
 
-def grid(rows: Sequence[Mapping[str, Any]], caption: str = "") -> Any:
+def grid(rows: Sequence[Row], caption: str = "") -> Any:
     """Any small table: one mapping per row, the first column names the row."""
     keys = list(dict.fromkeys(key for row in rows for key in row))
-    text = [{key: number(row.get(key)) for key in keys} for row in rows]
-    return html("grid", keys=keys, rows=text, caption=caption)
+    return html("grid", keys=keys, caption=caption, rows=[{k: number(r.get(k)) for k in keys} for r in rows])
 
 
 bench = grid  # rows of readrun.bench: what, milliseconds, achieved, limit, peer, ratio
@@ -72,11 +85,45 @@ bench = grid  # rows of readrun.bench: what, milliseconds, achieved, limit, peer
 def compare_runs(book: Any, here: Any) -> Any:
     """The recorded verdicts (`book` may be None) beside those of another run."""
     runs = {name: run.claims for name, run in (("book", book), (f"here ({here.profile})", here)) if run}
-    rows = []
+    rows: list[dict[str, Any]] = []
     for claim in dict.fromkeys(key for found in runs.values() for key in found):
-        row = {"claim": claim}
+        rows.append({"claim": claim})
         for name, found in runs.items():
-            one = found.get(claim, {"verdict": "not_run"})
-            row |= {name: one["verdict"].replace("_", " "), f"{name}: measured": measured(one)}
-        rows.append(row)
+            one = found.get(claim) or {"verdict": "not_run"}
+            rows[-1] |= {name: one["verdict"].replace("_", " "), f"{name}: measured": measured(one)}
     return grid(rows)
+
+
+def chapters(rows: Sequence[Row]) -> Any:
+    """The list on the front page: every planned chapter, linked where it is there, with its verdicts."""
+    import yaml
+
+    parts = yaml.safe_load((paths.data() / "chapters.yml").read_text(encoding="utf-8"))["parts"]
+    there, listed = paths.chapters(), {one["slug"] for part in parts for one in part["chapters"]}
+    more = [{"slug": slug, "short": slug, "idea": ""} for slug in there if slug not in listed]
+    parts += [{"title": "More", "chapters": more}] if more else []
+    for one in (one for part in parts for one in part["chapters"]):
+        found = Counter(r["verdict"] for r in rows if r["slug"] == one["slug"] and r["verdict"] != "not_run")
+        one["verdicts"] = ", ".join(f"{n} {word}" for word, n in found.most_common())
+        one["there"] = one["slug"] in there
+    return html("chapters", parts=parts, there=len(there))
+
+
+def scoreboard(rows: Sequence[Row]) -> Any:
+    """Every claim of the book by chapter, from `records.scoreboard_rows`."""
+    from readrun import records
+
+    pages = []
+    for slug, group in groupby(rows, key=lambda row: row["slug"]):
+        own = list(group)
+        minutes = number(round((own[0].get("seconds") or 0) / 60, 1))
+        kept = [row for row in own if "id" in row]
+        pages.append({**own[0], "slug": slug, "minutes": minutes, "table": _claims(kept)})
+    return html("scoreboard", chapters=pages, summary=records.scoreboard_summary(list(rows)))
+
+
+def statuses(found: Sequence[Row]) -> Any:
+    """What each execution of this machine cost."""
+    return grid([{"chapter": s["slug"], "state": s["state"], "seconds": round(s.get("seconds") or 0, 1),
+                  "memory (GiB)": round(s.get("peak_ram_gib") or 0, 2)} for s in found] or
+                [{"chapter": "none: these pages show the committed outputs"}])  # fmt: skip
