@@ -1,0 +1,285 @@
+"""From executions to pages: join outputs with today's prose, stage the book's sources, build the HTML.
+
+An output is shown only under a code cell whose source is, character for character, the one that produced it.
+Everything is staged into a fresh folder and then copied file by file where contents differ, so that Sphinx sees
+new time stamps only on pages that changed, and a run killed in the middle leaves nothing half written.
+"""
+
+from __future__ import annotations
+
+import filecmp
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Mapping
+from functools import lru_cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from readrun import content, kernel, paths
+from readrun.execute import read_status, run_folder
+
+WIDGET = "application/vnd.jupyter.widget-view+json"
+KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
+
+
+def source_notebook(slug: str) -> dict[str, Any]:
+    """Today's chapter as a notebook (nbformat 4.5) without outputs, from its script.
+
+    Cell ids are counted: random ones would never be in step, and a page would differ without a reason.
+    """
+    cells = []
+    for number, cell in enumerate(content.cells(slug)):
+        made = {"cell_type": cell.kind, "id": f"{slug}-{number}".replace("_", "-"), "source": cell.source}
+        made["metadata"] = {"tags": list(cell.tags)} if cell.tags else {}
+        cells.append(made | ({"execution_count": None, "outputs": []} if cell.kind == "code" else {}))
+    metadata = {"kernelspec": dict(KERNEL), "language_info": {"name": "python"}}
+    return {"cells": cells, "metadata": metadata, "nbformat": 4, "nbformat_minor": 5}
+
+
+def write(notebook: Mapping[str, Any]) -> str:
+    """Text of a notebook file, sources line by line as Jupyter writes them, so that diffs are small."""
+    lined = [cell | {"source": _text(cell).splitlines(keepends=True)} for cell in notebook["cells"]]
+    return json.dumps({**notebook, "cells": lined}, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
+
+
+def load(file: Path) -> dict[str, Any]:
+    """A notebook file as a plain dict; an empty notebook where there is none or it is not whole."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {"cells": [], "metadata": {}}
+
+
+def _text(cell: Mapping[str, Any]) -> str:
+    return cell["source"] if isinstance(cell["source"], str) else "".join(cell["source"])
+
+
+def join(today: Mapping[str, Any], executed: Mapping[str, Any]) -> int:
+    """Put outputs of ``executed`` under the equal code cells of ``today`` that have none; return how many have none.
+
+    Cells with the same source are matched in order. Papermill's injected cell equals no cell of a script and so
+    disappears, and so do widget views, which need a kernel, and progress bars.
+    """
+    found = defaultdict(list)
+    for cell in executed["cells"]:
+        if cell["cell_type"] == "code" and "injected-parameters" not in cell["metadata"].get("tags", []):
+            found[_text(cell)].append(cell)
+    missing = 0
+    for cell in today["cells"]:
+        match = found[_text(cell)].pop(0) if cell["cell_type"] == "code" and found[_text(cell)] else None
+        if match and match.get("execution_count") is not None and cell["execution_count"] is None:
+            cell["execution_count"] = match["execution_count"]
+            cell["outputs"] = [o for o in match["outputs"] if _keep(o)]
+        missing += cell["cell_type"] == "code" and cell["execution_count"] is None
+    return missing
+
+
+def _keep(output: Mapping[str, Any]) -> bool:
+    if output["output_type"] == "stream" and output["name"] == "stderr":
+        return "\r" not in "".join(output["text"])
+    return WIDGET not in output.get("data", {})
+
+
+def paired(slug: str, executed: Mapping[str, Any] | None = None, only_checked: bool = False) -> str:
+    """Text of ``notebooks/<slug>.ipynb``: today's cells, with the outputs that still belong to them.
+
+    ``executed``: take outputs from there instead of from the committed file. Worked examples print the same in
+    every profile, so those without an output get it from an execution on this machine. ``only_checked``: keep the
+    outputs of worked examples alone (what nbval compares).
+    """
+    notebook = source_notebook(slug)
+    join(notebook, executed or load(paths.notebook(slug).with_suffix(".ipynb")))
+    local = [load(run_folder(slug, profile) / "executed.ipynb") for profile in ("cpu", "smoke")]
+    for run in local:
+        checked = [c for c in run["cells"] if "NBVAL_CHECK_OUTPUT" in _text(c)]
+        join(notebook, {"cells": checked})
+    for cell in notebook["cells"] if only_checked else []:
+        if cell["cell_type"] == "code" and "NBVAL_CHECK_OUTPUT" not in cell["source"]:
+            cell["outputs"] = []
+    return write(notebook)
+
+
+def _failure(status: Mapping[str, Any]) -> str:
+    """The admonition of a page whose execution did not end well."""
+    place = f" in code cell {status['cell']}" if status.get("cell") else ""
+    trace = f"\n\n~~~~~~text\n{status['traceback'].strip()}\n~~~~~~" if status.get("traceback", "").strip() else ""
+    title = f"This chapter did not run to its end: {status['state'].replace('_', ' ')}{place}"
+    body = f"~~~~~~text\n{status.get('error', '')}\n~~~~~~{trace}\n\nWhat ran before it is shown below."
+    return f"``````{{admonition}} {title}\n:class: error\n\n{body}\n``````"
+
+
+def _notes(slug: str, edition: str, status: Mapping[str, Any] | None, missing: int) -> list[str]:
+    """What a reader must know before reading the page: it failed, it was not run, its record is old."""
+    notes = []
+    if status and status["state"] != "ok":
+        notes.append(_failure(status))
+    elif missing:
+        what = "recorded" if edition == "recorded" or not status else "executed"
+        notes.append(f":::{{warning}}\n{missing} code cell(s) changed since the outputs were {what} and show none.\n:::")
+    if not record_problem(slug):
+        from readrun import records
+
+        record = records.load(slug)
+        if record is not None and record.stale:
+            notes.append(":::{warning}\nThe recorded GPU results are **stale**: other code than this made them.\n:::")
+    return notes
+
+
+@lru_cache
+def record_problem(slug: str) -> str:
+    """Why the committed record of ``slug`` cannot be read; empty where it can, or where there is none."""
+    from readrun import records
+
+    try:
+        if paths.results(slug).exists():
+            records.load(slug)
+    except Exception as error:  # a corrupt record is this chapter's problem, not the book's
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def page(slug: str, edition: str, folder: Path, status: Mapping[str, Any] | None, stage: Path) -> None:
+    """Write ``chapters/<slug>.ipynb`` and its media below ``stage``.
+
+    ``folder`` and ``status`` are those of the execution; without a status the committed outputs are shown.
+    """
+    from readrun import media
+
+    notebook = source_notebook(slug)
+    recorded = edition == "recorded" or not status
+    missing = join(notebook, load(paths.notebook(slug).with_suffix(".ipynb") if recorded else folder / "executed.ipynb"))
+    notes = _notes(slug, edition, status, missing)
+    for cell in notebook["cells"] if notes else []:
+        if cell["cell_type"] == "markdown":  # after its heading, which stays the page's first line
+            head, _, rest = _text(cell).partition("\n")
+            cell["source"] = "\n\n".join([head, *notes, rest])
+            break
+    static = stage / "_static" / "media"
+    for source in (paths.media(slug), folder / "media") if not recorded else (paths.media(slug),):
+        if source.is_dir():
+            shutil.copytree(source, static / slug, dirs_exist_ok=True)
+    for cell in notebook["cells"]:
+        cell["source"] = _text(cell).replace("readrun-media:", "../_static/media/")
+    media.stage(notebook, static / slug / "figures", f"../_static/media/{slug}/figures", "../_static/media")
+    paths.write_atomic(stage / "chapters" / f"{slug}.ipynb", write(notebook))
+
+
+def toc(text: str, parts: Mapping[str, str]) -> str:
+    """Today's table of contents: ``text`` of ``book/_toc.yml`` with the chapters that exist, by part.
+
+    ``parts``: {slug: part of its paper file}. A listed chapter that does not exist is left out; one that exists
+    and is not listed joins the part whose own key ``part`` names it, else a last part "More".
+    """
+    import yaml
+
+    tree, seen, kept = yaml.safe_load(text), set(), []
+    groups = [*tree.get("parts", []), {"caption": "More", "part": None, "chapters": []}]
+    for group in groups:
+        for entry in group.get("chapters", []):
+            slug = str(entry.get("file", "")).removeprefix("chapters/")
+            seen |= {slug} if str(entry.get("file", "")).startswith("chapters/") else set()
+    named = {group.get("part") for group in groups}
+    for group in groups:
+        part = group.pop("part", "")
+        listed = [e for e in group.get("chapters") or [] if not str(e.get("file", "")).startswith("chapters/")
+                  or str(e["file"]).removeprefix("chapters/") in parts]  # fmt: skip
+        new = [s for s, p in parts.items() if s not in seen and (p == part or part is None and p not in named)]
+        group["chapters"] = listed + [{"file": f"chapters/{slug}"} for slug in new]
+        kept += [group] if group["chapters"] else []
+    return yaml.safe_dump(tree | {"parts": kept} if kept else tree, sort_keys=False, allow_unicode=True)
+
+
+def _part(slug: str) -> str:
+    import yaml
+
+    try:
+        return str(yaml.safe_load(paths.papers(slug).read_text(encoding="utf-8"))["part"])
+    except (OSError, KeyError, TypeError, yaml.YAMLError):
+        return ""  # a broken paper file fails its chapter and the contract tests, not the table of contents
+
+
+def stage_book(edition: str, statuses: Mapping[str, Mapping[str, Any]], profile: str, seed: int, seeds: int) -> Path:
+    """Stage all sources of the book in ``build/book`` and return that folder.
+
+    ``statuses``: {slug: status of this run}; other chapters show what an earlier run of today's sources left,
+    else their committed outputs.
+    """
+    book, fresh = paths.build() / "book", paths.build() / "book.new"
+    shutil.rmtree(fresh, ignore_errors=True)
+    shutil.copytree(paths.root() / "book", fresh, ignore=shutil.ignore_patterns("_build", ".*", "__pycache__"))
+    shutil.copy(paths.root() / "_config.yml", fresh / "_config.yml")
+    slugs = paths.chapters()
+    (fresh / "_toc.yml").write_text(toc((fresh / "_toc.yml").read_text(encoding="utf-8"), {s: _part(s) for s in slugs}))
+    shown = {}
+    for slug in slugs:
+        folder = run_folder(slug, profile, seed, seeds) if edition != "recorded" else paths.build() / slug
+        status = statuses.get(slug) or (read_status(folder) if edition != "recorded" else None)
+        shown |= {slug: status} if status else {}
+        page(slug, edition, folder, status, fresh)
+    for file in fresh.glob("*.md"):
+        file.write_text(_fill(file.read_text(encoding="utf-8"), shown), encoding="utf-8")
+    sync(fresh, book)
+    shutil.rmtree(fresh)
+    return book
+
+
+def _fill(text: str, statuses: Mapping[str, Any]) -> str:
+    """Replace the marks of a page by tables computed now: the scoreboard, and the costs of this machine's runs."""
+    for mark in ("chapters", "scoreboard", "statuses"):
+        line = f"<!-- readrun:{mark} -->"
+        if line in text:
+            from readrun import records, tables
+
+            rows = list(statuses.values()) if mark == "statuses" else records.scoreboard_rows()
+            table = getattr(tables, mark)(rows)
+            text = text.replace(line, str(getattr(table, "data", table)))
+    return text.replace("readrun-media:", "_static/media/")
+
+
+def sync(source: Path, target: Path) -> None:
+    """Make ``target`` equal to ``source``: write what differs, delete what is not there, touch nothing else."""
+    names = {file.relative_to(source) for file in source.rglob("*") if file.is_file()}
+    for old in [file for file in target.rglob("*") if file.is_file() and file.relative_to(target) not in names]:
+        old.unlink()
+    for name in names:
+        if not (target / name).is_file() or not filecmp.cmp(source / name, target / name, shallow=False):
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source / name, target / name)
+
+
+def tree_key(folder: Path) -> str:
+    """Digest of all names and contents below ``folder`` and of the versions that turn them into pages."""
+    digest = hashlib.sha256(" ".join(version(p) for p in ("jupyter-book", "sphinx", "sphinx-book-theme")).encode())
+    for file in sorted(file for file in folder.rglob("*") if file.is_file()):
+        digest.update(f"\0{file.relative_to(folder)}\0".encode() + hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def build_html(book: Path) -> int:
+    """Run Jupyter Book on the staged sources, warnings as errors; do nothing if they are as at the last build.
+
+    The key is written last. Where it is missing (a build was killed or failed) pages may be half written though
+    newer than their sources, which Sphinx would take for up to date, so everything is built anew; likewise when
+    a page has gone, because Sphinx never deletes.
+    """
+    target = paths.root() / "book" / "_build"
+    key_file, key = target / "readrun.json", tree_key(book)
+    pages = sorted(str(file.relative_to(book)) for file in book.rglob("*") if file.suffix in (".md", ".ipynb"))
+    last = load(key_file)
+    if last.get("key") == key and (target / "html" / "index.html").exists():
+        return 0
+    if last.get("pages") != pages:
+        shutil.rmtree(target, ignore_errors=True)
+    key_file.unlink(missing_ok=True)
+    start = "from jupyter_book.cli.main import main; main()"
+    command = [sys.executable, "-c", start, "build", str(book), "--path-output", str(target.parent)]
+    command += ["--warningiserror", "--nitpick", "--keep-going", "--quiet"]
+    code = subprocess.run(command, preexec_fn=kernel.die_with_parent).returncode
+    if code == 0:
+        key_file.write_text(json.dumps({"key": key, "pages": pages}), encoding="utf-8")
+    return code
