@@ -1,7 +1,6 @@
 """What a paper claims and what would count as reproduced: the schema of `data/papers/<slug>.yml`.
 
-The file is written and committed before any number is seen. Unknown keys are refused, so that a rule which is
-misspelt is an error and never a rule that silently does not apply.
+It is committed before any number is seen. Unknown keys are refused: a misspelt rule must never be ignored.
 """
 
 from __future__ import annotations
@@ -19,11 +18,9 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 VERDICTS = ("reproduced", "weaker", "contradicted", "inconclusive", "void", "not_run", "reported")
-ID = r"c\d+[a-z]?(-[a-z0-9]+)+"
-Over = Annotated[str, Field(pattern=r"^(seed|item|exact|cluster:[a-z0-9_-]+)$")]
-# What each rule form needs and may have; what the forms mean is said in readrun.stats, which applies them.
+# What each rule form must have and may have
 FORMS: dict[str, tuple[set[str], set[str]]] = {
-    "difference": ({"direction"}, {"margin"}),  # ours - baseline (without baseline: ours is a difference)
+    "difference": ({"direction"}, {"margin"}),  # ours - baseline (without a baseline: ours is a difference)
     "ratio": ({"direction"}, {"margin"}),  # ours / baseline; margin 1.5: at least 1.5x; 0.67 with lower
     "bound": ({"direction", "bound"}, set()),  # higher: ours >= bound
     "equal": ({"value"}, {"tolerance"}),  # every value; the tolerance is for floating-point rounding
@@ -32,6 +29,7 @@ FORMS: dict[str, tuple[set[str], set[str]]] = {
     "count": ({"k", "rules"}, set()),  # at least k of the sub-rules
     "reported": (set(), set()),  # the paper gives no rule
 }
+Over = Annotated[str, Field(pattern=r"^(seed|item|exact|cluster:[a-z0-9_-]+)$")]
 
 
 class ClaimsError(ValueError):
@@ -42,11 +40,10 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-def _refuse(model: Any, *faults: tuple[Any, str]) -> Any:
-    for wrong, message in faults:
+def _refuse(faults: dict[str, Any]) -> None:
+    for message, wrong in faults.items():
         if wrong:
             raise ValueError(message)
-    return model
 
 
 class Arms(Strict):
@@ -55,9 +52,9 @@ class Arms(Strict):
 
 
 class Rule(Strict):
-    """When a claim counts as reproduced. Which keys belong to which form: FORMS."""
+    """When a claim counts as reproduced; a sub-rule of a count may have metric, arms and over of its own."""
 
-    form: Literal[tuple(FORMS)]  # type: ignore[valid-type]
+    form: str
     direction: Literal["lower", "higher"] | None = None
     margin: float | None = Field(None, ge=0)
     bound: float | None = None
@@ -65,31 +62,34 @@ class Rule(Strict):
     tolerance: float = Field(0.0, ge=0)
     scale: Literal["difference", "ratio"] = "difference"
     k: int | None = Field(None, ge=1)
-    rules: list[Part] = []
-
-    @model_validator(mode="after")
-    def _keys(self) -> Rule:
-        (need, may), given = FORMS[self.form], self.model_fields_set - {"form"}
-        margin = 1 if self.margin is None else self.margin
-        wrong_side = margin < 1 if self.direction == "higher" else not 0 < margin <= 1
-        return _refuse(
-            self,
-            (need - given, f"form {self.form} needs {', '.join(sorted(need - given))}"),
-            (given - need - may, f"form {self.form} takes no {', '.join(sorted(given - need - may))}"),
-            (self.form == "ratio" and wrong_side, "margin of a ratio: >= 1 for higher, 0 … 1 for lower"),
-            (self.scale == "ratio" and margin < 1, "margin with scale ratio is a factor, as in 1.03 for 3 %"),
-            (self.form == "equivalence" and margin == 0, "margin of an equivalence must be > 0"),
-            (self.form == "count" and (self.k or 0) > len(self.rules), "k is more than there are rules"),
-        )
-
-
-class Part(Strict):
-    """One sub-rule of a count; metric, arms and over are the claim's unless given."""
-
-    rule: Rule
+    rules: list[Rule] = []
     metric: str | None = None
     arms: Arms | None = None
     over: Over | None = None
+
+    @model_validator(mode="after")
+    def _keys(self) -> Rule:
+        _refuse({f"form {self.form!r} is none of {', '.join(FORMS)}": self.form not in FORMS})
+        (must, may), given = FORMS[self.form], self.model_fields_set - {"form", "metric", "arms", "over"}
+        factor = 1.0 if self.margin is None else self.margin
+        side = factor < 1 if self.direction == "higher" else not 0 < factor <= 1
+        _refuse(
+            {
+                f"form {self.form} needs {', '.join(sorted(must - given))}": must - given,
+                f"form {self.form} takes no {', '.join(sorted(given - must - may))}": given - must - may,
+                "margin of a ratio: >= 1 for higher, 0 … 1 for lower": self.form == "ratio" and side,
+                "margin with scale ratio is a factor, as 1.03 for 3 %": self.scale == "ratio" and factor < 1,
+                "margin of an equivalence must be > 0": self.form == "equivalence" and factor == 0,
+                "k is more than there are rules": self.form == "count" and (self.k or 0) > len(self.rules),
+                "a sub-rule is neither a count nor reported": {r.form for r in self.rules}
+                & {"count", "reported"},
+            }
+        )
+        return self
+
+    @property
+    def log(self) -> bool:
+        return self.form == "ratio" or self.scale == "ratio"
 
 
 class PaperNumber(Strict):
@@ -98,8 +98,6 @@ class PaperNumber(Strict):
 
 
 class Claim(Strict):
-    """One row of the verdict table."""
-
     id: str
     kind: Literal["quality", "cost", "ablation", "sanity"]
     headline: bool = False
@@ -116,36 +114,36 @@ class Claim(Strict):
 
     @model_validator(mode="after")
     def _consistent(self) -> Claim:
+        numbered = self.kind == "sanity" or re.fullmatch(r"c\d+[a-z]?(-[a-z0-9]+)+", self.id)
+        empty = self.headline and (self.kind == "sanity" or self.rule.form == "reported")
         _refuse(
-            self,
-            (
-                not re.fullmatch(ID, self.id) and self.kind != "sanity",
-                "id begins with the number: c5a-far-ood",
-            ),
-            (
-                self.headline and self.kind == "sanity",
-                "a sanity claim is decided by construction: no headline",
-            ),
-            (self.headline and self.rule.form == "reported", "a rule of form reported makes no headline"),
+            {
+                "id must begin with the claim's number, as in c5a-far-ood": not numbered,
+                "what is decided by construction (sanity) or not at all (reported) is no headline": empty,
+                "metric, arms and over stand beside the rule": self.rule.model_fields_set
+                & {"metric", "arms", "over"},
+            }
         )
-        for part in self.parts():
-            form, pair = part.rule.form, bool(part.arms.baseline)
-            needs = form in ("ratio", "not_worse") or part.rule.scale == "ratio"
-            nested = form == "count" or form == "reported" and self.rule.form == "count"
+        for rule in self.parts():
+            pair = rule.arms and rule.arms.baseline
             _refuse(
-                self,
-                (needs and not pair, f"form {form} needs arms.baseline"),
-                (form in ("bound", "equal") and pair, f"form {form} takes no arms.baseline, it has a number"),
-                (form == "equal" and part.over != "exact", "form equal is over: exact"),
-                (nested, f"a sub-rule of a count cannot be of form {form}"),
+                {
+                    f"form {rule.form} needs arms.baseline": (rule.log or rule.form == "not_worse")
+                    and not pair,
+                    f"form {rule.form} has a number and no arms.baseline": rule.form in ("bound", "equal")
+                    and pair,
+                    "form equal is over: exact": rule.form == "equal" and rule.over != "exact",
+                }
             )
         return self
 
-    def parts(self) -> list[Part]:
+    def parts(self) -> list[Rule]:
         """The rule, or the sub-rules of a count, with metric, arms and over filled in."""
         own = {"metric": self.metric, "arms": self.arms, "over": self.over}
-        subs = self.rule.rules or [Part.model_construct(rule=self.rule)]
-        return [Part.model_construct(**own | {k: v for k, v in p if v is not None}) for p in subs]
+        return [
+            r.model_copy(update={k: getattr(r, k) or own[k] for k in own})
+            for r in self.rule.rules or [self.rule]
+        ]
 
     @property
     def caution(self) -> str:
@@ -155,26 +153,26 @@ class Claim(Strict):
 
 
 class Task(Strict):
-    """A node of the rubric (weights are relative to its siblings, as in PaperBench) or, with `kind`, a leaf.
-
-    A result leaf is earned only by the verdicts of the claims that it names.
-    """
+    """A node of the rubric (weights relative to its siblings, as in PaperBench) or, with `kind`, a leaf."""
 
     requirements: str
     weight: int = Field(1, gt=0)
     sub_tasks: list[Task] = []
     kind: Literal["code", "execution", "result"] | None = None
-    claims: list[str] = []
+    claims: list[str] = []  # whose verdicts alone earn a result leaf
     id: str | None = None
 
     @model_validator(mode="after")
     def _node_or_leaf(self) -> Task:
-        either = bool(self.sub_tasks) == bool(self.kind)
-        return _refuse(
-            self,
-            (either, "a task has either sub_tasks or, as a leaf, a kind (code, execution, result)"),
-            (bool(self.claims) != (self.kind == "result"), "a result leaf, and no other, names its claims"),
+        both = bool(self.sub_tasks) == bool(self.kind)
+        _refuse(
+            {
+                "a task has either sub_tasks or, as a leaf, a kind (code, execution, result)": both,
+                "a result leaf, and nothing else, names its claims": bool(self.claims)
+                != (self.kind == "result"),
+            }
         )
+        return self
 
     def leaves(self) -> list[Task]:
         return [leaf for t in self.sub_tasks for leaf in t.leaves()] if self.sub_tasks else [self]
@@ -204,20 +202,25 @@ class Paper(Strict):
     @model_validator(mode="after")
     def _references(self) -> Paper:
         known = Counter(c.id for c in self.claims)
-        decided = {c.id for c in self.claims if c.rule.form != "reported"}
-        twice = [i for i, n in known.items() if n > 1]
-        _refuse(self, (twice, f"claim ids given twice: {', '.join(twice)}"))
-        for c in self.claims:
-            lost = sorted({*c.requires, *c.gates} - decided)
-            _refuse(self, (lost, f"{c.id}: requires/gates name {', '.join(lost)}: no claim here with a rule"))
-        for leaf in self.rubric.leaves():
-            lost = sorted(set(leaf.claims) - set(known))
-            _refuse(self, (lost, f"rubric leaf {leaf.requirements!r} names unknown {', '.join(lost)}"))
+        ruled = {c.id for c in self.claims if c.rule.form != "reported"}
+        lost = {
+            f"{c.id}: requires or gates name {i!r}"
+            for c in self.claims
+            for i in {*c.requires, *c.gates} - ruled
+        }
+        lost |= {
+            f"rubric: {t.requirements!r} names {i!r}"
+            for t in self.rubric.leaves()
+            for i in t.claims
+            if not known[i]
+        }
+        _refuse({f"claim id given twice: {i}": n > 1 for i, n in known.items()})
+        _refuse({f"{'; '.join(sorted(lost))}: no claim here with a rule": lost})
         self.ordered()
         return self
 
     def ordered(self) -> list[Claim]:
-        """The claims, guards and gates before those they guard. Raises ValueError if that goes in a circle."""
+        """The claims, guards and gates before those they guard. Raises ValueError if that is a circle."""
         by_id = {c.id: c for c in self.claims}
         try:
             order = TopologicalSorter({c.id: [*c.requires, *c.gates] for c in self.claims}).static_order()
@@ -227,13 +230,13 @@ class Paper(Strict):
 
     def rules(self) -> dict[str, dict[str, Any]]:
         """{claim id: what decides its verdict}: everything but the wording and the paper's own number."""
-        wording = {"statement", "paper", "badge"}
-        names = {c.id: {p.metric for p in c.parts()} & set(self.derived) for c in self.claims}
-        return {
-            c.id: c.model_dump(mode="json", exclude=wording, exclude_defaults=True)
-            | {"derived": {m: self.derived[m] for m in sorted(names[c.id])}}
-            for c in self.claims
-        }
+        out = {}
+        for c in self.claims:
+            out[c.id] = c.model_dump(
+                mode="json", exclude={"statement", "paper", "badge"}, exclude_defaults=True
+            )
+            out[c.id]["derived"] = sorted(f"{r.metric}: {self.derived.get(str(r.metric))}" for r in c.parts())
+        return out
 
     @property
     def claims_sha256(self) -> str:
@@ -241,13 +244,11 @@ class Paper(Strict):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML that refuses a key given twice (PyYAML would keep the last and say nothing)."""
-
     def construct_mapping(self, node: Any, deep: bool = False) -> dict:
-        keys = Counter(self.construct_object(k, deep=True) for k, _ in node.value)
-        if twice := [str(k) for k, n in keys.items() if n > 1]:
-            problem = f"key given twice: {', '.join(twice)}"
-            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+        """Refuse a key given twice; PyYAML would keep the last and say nothing."""
+        for key, n in Counter(self.construct_object(k, deep=True) for k, _ in node.value).items():
+            if n > 1:
+                raise yaml.MarkedYAMLError(problem=f"key given twice: {key}", problem_mark=node.start_mark)
         return super().construct_mapping(node, deep)
 
 
@@ -259,7 +260,7 @@ def parse(text: str, where: str) -> Paper:
     except yaml.YAMLError as error:
         raise ClaimsError(f"{where}: not readable as YAML: {error}") from error
     except ValidationError as error:
-        lines = [where + ":"]
+        lines = [f"{where}:"]
         for fault in error.errors():
             place = list(fault["loc"]) or ["file"]
             if place[0] == "claims" and len(place) > 1 and isinstance(data["claims"][place[1]], dict):
