@@ -6,9 +6,8 @@ import hashlib
 import json
 import os
 import tempfile
+from functools import lru_cache
 from pathlib import Path
-
-_verified: dict[str, tuple[int, int, str]] = {}
 
 
 def library() -> Path:
@@ -17,16 +16,15 @@ def library() -> Path:
 
 
 def root() -> Path:
-    """The book's folder: $READRUN_ROOT, else the checkout that holds lib/readrun, else (installed) the cwd."""
-    named = os.environ.get("READRUN_ROOT")
-    if named:
+    """The book's folder: $READRUN_ROOT, else the checkout that holds lib/readrun, else (installed) here."""
+    if named := os.environ.get("READRUN_ROOT"):
         return Path(named).resolve()
     return library().parents[1] if library().parent.name == "lib" else Path.cwd()
 
 
 def _content(name: str) -> Path:
     packaged = library() / f"_{name}"
-    return packaged if packaged.is_dir() and "READRUN_ROOT" not in os.environ else root() / name
+    return packaged if packaged.is_dir() and not os.environ.get("READRUN_ROOT") else root() / name
 
 
 def data() -> Path:
@@ -86,52 +84,56 @@ def write_atomic(path: Path, content: bytes | str) -> None:
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file, remembered while its size and time stamp stay."""
     stat = path.stat()
-    known = _verified.get(str(path))
-    if known is None or known[:2] != (stat.st_size, stat.st_mtime_ns):
-        known = (stat.st_size, stat.st_mtime_ns, hashlib.sha256(path.read_bytes()).hexdigest())
-        _verified[str(path)] = known
-    return known[2]
+    return _sha256(path, stat.st_size, stat.st_mtime_ns)
 
 
-def asset_files(folder: Path) -> list[Path]:
-    """Data files at or below `folder`, sorted; the manifest and hidden files do not count."""
-    found = [folder] if folder.is_file() else sorted(p for p in folder.rglob("*") if p.is_file())
+@lru_cache(maxsize=4096)
+def _sha256(path: Path, size: int, stamp: int) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def asset_files(path: Path) -> list[Path]:
+    """Data files at or below `path`, sorted; manifests and hidden files do not count."""
+    found = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
     return [p for p in found if p.name != "MANIFEST.json" and not p.name.startswith(".")]
+
+
+def _manifest(slug: str) -> dict[str, dict[str, str]]:
+    path = assets(slug) / "MANIFEST.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except ValueError as error:
+        raise ValueError(f"data/assets/{slug}/MANIFEST.json is not readable: {error}") from error
 
 
 def asset(name: str) -> Path:
     """Path of the committed file or folder data/assets/`name` ("dr_grpo/base/model.safetensors").
 
-    Every file is checked against data/assets/<slug>/MANIFEST.json first. Raises ValueError if the asset is
-    missing, not listed there, or differs from its checksum.
+    Each file is first checked against data/assets/<slug>/MANIFEST.json {file: {sha256, source, licence, how}}.
+    Raises ValueError if the asset is missing, not listed there, or differs from its checksum.
     """
     slug, _, rest = name.strip("/").partition("/")
-    top = assets(slug)
-    path = top / rest
-    if ".." in Path(name).parts or not slug or not path.exists():
-        raise ValueError(f"asset {name!r}: no such file under data/assets")
-    try:
-        listed = json.loads((top / "MANIFEST.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"asset {name!r}: data/assets/{slug}/MANIFEST.json is not readable: {error}") from error
+    path = assets(slug) / rest
+    if not slug or ".." in Path(name).parts or not path.exists():
+        raise ValueError(f"asset {name!r}: there is no such file or folder in data/assets")
+    manifest = _manifest(slug)
     for file in asset_files(path):
-        key = file.relative_to(top).as_posix()
-        if key not in listed:
+        key = file.relative_to(assets(slug)).as_posix()
+        if key not in manifest:
             raise ValueError(f"asset {slug}/{key} is not listed in data/assets/{slug}/MANIFEST.json")
-        if file_sha256(file) != listed[key].get("sha256"):
-            raise ValueError(f"asset {slug}/{key} differs from the checksum in its MANIFEST.json: restore the file")
+        if file_sha256(file) != manifest[key].get("sha256"):
+            raise ValueError(
+                f"asset {slug}/{key} differs from its checksum in MANIFEST.json: restore the file"
+            )
     return path
 
 
 def write_manifest(slug: str, source: str, licence: str, how: str) -> Path:
-    """List every file of data/assets/`slug` with its checksum; files already listed keep their texts."""
-    top = assets(slug)
-    path = top / "MANIFEST.json"
-    old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    listed = {}
-    for file in asset_files(top):
-        key = file.relative_to(top).as_posix()
+    """List every file of data/assets/`slug` with its checksum; what is listed already keeps its texts."""
+    old, listed = _manifest(slug), {}
+    for file in asset_files(assets(slug)):
+        key = file.relative_to(assets(slug)).as_posix()
         about = {"source": source, "licence": licence, "how": how} | old.get(key, {})
         listed[key] = about | {"sha256": file_sha256(file)}
-    write_atomic(path, json.dumps(listed, indent=1, sort_keys=True) + "\n")
-    return path
+    write_atomic(assets(slug) / "MANIFEST.json", json.dumps(listed, indent=1, sort_keys=True) + "\n")
+    return assets(slug) / "MANIFEST.json"

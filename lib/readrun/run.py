@@ -13,6 +13,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,11 +22,9 @@ from readrun import content, paths, units
 from readrun.content import PROFILES
 from readrun.units import Unit
 
-DEVICES = ("auto", "cpu", "cuda")
-
 
 class Settings(SimpleNamespace):
-    """The active profile's settings; `vars(S)` leaves `seeds` out, so that more seeds keep the saved units."""
+    """The active profile's settings; `seeds` (this run's) is not in `vars(S)`: more seeds keep saved units."""
 
     __slots__ = ("_profile", "_table", "seeds")
 
@@ -34,188 +33,193 @@ class Settings(SimpleNamespace):
         self._profile, self._table, self.seeds = profile, table, seeds
 
     def _repr_html_(self) -> str:
-        active, table = self._profile, self._table
-        names = list(dict.fromkeys(k for p in PROFILES for k in table[p]))
-        cell = lambda p, text: f"<td><strong>{text}</strong></td>" if p == active else f"<td>{text}</td>"  # noqa: E731
-        head = "".join(f'<th scope="col">{p}{" (this run)" if p == active else ""}</th>' for p in PROFILES)
-        rows = "".join(
-            f'<tr><th scope="row">{html.escape(n)}</th>'
-            + "".join(cell(p, html.escape(str(table[p].get(n, "–")))) for p in PROFILES)
-            + "</tr>"
-            for n in names
-        )
-        return f'<table class="readrun-settings"><thead><tr><th>setting</th>{head}</tr></thead>{rows}</table>'
+        def row(tag: str, first: str, texts: list[str]) -> str:
+            marked = [
+                f"<strong>{t}</strong>" if p == self._profile else t
+                for p, t in zip(PROFILES, texts, strict=True)
+            ]
+            return (
+                f'<tr><th scope="row">{first}</th>' + "".join(f"<{tag}>{t}</{tag}>" for t in marked) + "</tr>"
+            )
+
+        names = dict.fromkeys(name for profile in PROFILES for name in self._table[profile])
+        cells = {n: [html.escape(str(self._table[p].get(n, "–"))) for p in PROFILES] for n in names}
+        body = "".join(row("td", html.escape(n), texts) for n, texts in cells.items())
+        head = row("th", "setting", list(PROFILES))
+        return f'<table class="readrun-settings"><thead>{head}</thead><tbody>{body}</tbody></table>'
 
 
 class Run:
-    """One execution of a chapter: see `start`."""
+    """One execution of a chapter's notebook, made by `start`.
+
+    `units` lists what was asked for, files of this run go to `folder` and `media`, `parameters` are the values
+    given, `device` is "cpu" or "cuda".
+    """
 
     def __init__(self, slug: str, parameters: dict[str, Any], device: str) -> None:
         self.slug, self.parameters, self.device = slug, parameters, device
         self.profile: str = parameters["profile"]
         self.checkpoint: str = parameters["checkpoint"]
-        own = paths.build() / slug / self.profile
-        out = parameters["out"]
-        self.folder = Path(out).expanduser().resolve() if out else own / "live"
+        own = (paths.build() / slug / self.profile).resolve()
+        self.folder = Path(parameters["out"]).expanduser().resolve() if parameters["out"] else own / "live"
         self.media = self.folder / "media"
+        self.media.mkdir(parents=True, exist_ok=True)
+        # a folder elsewhere (of a GPU host, say) gets a copy of every unit
+        self._own = [own / "units"] + ([] if own in self.folder.parents else [self.folder / "units"])
+        extra = [Path(p) for p in os.environ.get("READRUN_UNITS", "").split(os.pathsep) if p]
+        self._stores = [*self._own, *extra, *(path / "units" for path in extra)]
         self.units: list[Unit] = []
         self._seeds: int = parameters["seeds"]
-        self._own = [own / "units"]
-        if own.resolve() not in self.folder.parents:  # a folder of the user's gets every unit too
-            self._own.append(self.folder / "units")
-        extra = [Path(p) for p in os.environ.get("READRUN_UNITS", "").split(os.pathsep) if p]
-        self._stores = [*self._own, *extra, *[p / "units" for p in extra]]
         self._started, self._computing = time.perf_counter(), 0.0
         self._here: Any = None
-        self.media.mkdir(parents=True, exist_ok=True)
 
     @property
     def seeds(self) -> list[int]:
-        """The seeds of this run: `seeds` of them from `seed` on."""
+        """The seeds of this run: so many of them, from `seed` on."""
         if not self._seeds:
-            raise ValueError("seeds: 0 means the profile's own number: call run.settings(...) first")
+            raise ValueError("seeds: 0 stands for the profile's own number; call run.settings(...) first")
         return list(range(self.parameters["seed"], self.parameters["seed"] + self._seeds))
 
     def settings(self, smoke: dict[str, Any], cpu: dict[str, Any], gpu: dict[str, Any]) -> Settings:
-        """The active profile's settings as attributes; each profile must say `seeds`, and all the same names."""
+        """The active profile's settings as attributes. Raises ValueError where a profile lacks `seeds`."""
         table = {"smoke": smoke, "cpu": cpu, "gpu": gpu}
-        for name, values in table.items():
-            units.plain(values, f"settings of {name}")
-            if set(values) != set(smoke) or "seeds" not in values:
-                raise ValueError(f"settings: {name} must have `seeds` and the names of smoke: {', '.join(smoke)}")
-        self._seeds = self._seeds or _whole("seeds", table[self.profile]["seeds"], 1)
+        own = {
+            p: _whole(f"settings: seeds of {p}", units.plain(table[p], p).get("seeds"), 1) for p in PROFILES
+        }
+        self._seeds = self.parameters["seeds"] or own[self.profile]
         return Settings(self.profile, table, self._seeds)
 
     # ------------------------------------------------------------ units
 
     def unit(self, fn: Callable[..., Mapping[str, Any]], **arguments: Any) -> Unit:
-        """`fn(**arguments)`, saved; taken from its saved result where there is one.
+        """`fn(**arguments)`, saved; or its saved result. Arguments are JSON data or units (`fn` reads their results).
 
-        Arguments are JSON data or other units. Not saved and not selected by `only`: a unit with `done` False, which is
-        computed when a selected unit needs it. Before `fn` runs, all random streams are seeded from its name and its
-        `seed` argument (or, without one, all arguments): arms of one function with the same seed share their stream.
+        Where none is saved and `only` does not select it, the unit has `done` False, and is computed when a
+        selected unit needs it. Before `fn` runs, all random streams are seeded with its name and its `seed`
+        argument (without one, all arguments but units): the arms of one function share the stream of a seed.
         """
         key = units.unit_key(fn, arguments, self)
-        for known in self.units:
-            if known.key == key:
-                return known
-        unit = Unit(fn.__name__, arguments, key, lambda u: self._compute(u, fn))
-        self.units.append(unit)
-        patterns = self.parameters["only"].split()
-        if not self._load(unit):
-            if not patterns or any(fnmatch.fnmatchcase(n, p) for p in patterns for n in (unit.id, unit.fn)):
+        known = [unit for unit in self.units if unit.key == key]
+        unit = known[0] if known else Unit(fn.__name__, arguments, key, lambda unit: self._compute(unit, fn))
+        self.units += [] if known else [unit]
+        patterns = self.parameters["only"].split() or ["*"]
+        if not unit.done and not self._load(unit):
+            if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns for name in (unit.id, unit.fn)):
                 unit.ensure()
         return unit
 
     def _load(self, unit: Unit) -> bool:
-        name = f"{unit.fn}-{unit.key[:16]}"
-        found = units.find(self._stores, name, unit.key)
-        if found:
-            unit.folder, unit.meta = found
-            for store in self._own[1:]:  # a later call's folder is complete too
-                if not (store / name).exists():
-                    source = found[0]
-                    units.publish(store, name, unit.key, lambda to, source=source: shutil.copytree(source, to))
-        return found is not None
+        if (found := units.find(self._stores, unit.name, unit.key)) is None:
+            return False
+        folder, unit.meta = found
+        for store in [store for store in self._own[1:] if not (store / unit.name).exists()]:
+            units.publish(store, unit.name, unit.key, lambda to: shutil.copytree(folder, to))
+        unit.folder = folder
+        return True
 
     def _compute(self, unit: Unit, fn: Callable[..., Mapping[str, Any]]) -> None:
         for needed in units.units_in(unit.arguments):
             needed.ensure()
         began = time.perf_counter()
-        about = units.plain({k: v for k, v in unit.arguments.items() if not units.units_in(v)}, unit.id)
-        seed = [unit.fn, about["seed"]] if "seed" in about else [unit.fn, about]
-        meta = {"schema": 1, "id": unit.id, "key": unit.key, "fn": unit.fn}
+        meta: dict[str, Any] = {"schema": 1, "id": unit.id, "key": unit.key, "fn": unit.fn}
         meta["arguments"] = units.plain(unit.arguments, unit.id)
-        try:
-            with units.seeded(seed, "torch"), units.measured(meta):
-                self.torch_setup()
-                result = fn(**unit.arguments)
-        except Exception as error:
-            error.add_note(f"in unit {unit.id}")
-            raise
-        if not isinstance(result, Mapping) or not all(isinstance(k, str) for k in result):
-            raise TypeError(f"unit {unit.id}: {unit.fn} must return a dict with string keys, not {type(result).__name__}")
+        own = {k: v for k, v in meta["arguments"].items() if not units.units_in(unit.arguments[k])}
+        result, loaded = None, None
+        while loaded != ("torch" in sys.modules):  # again if `fn` imported torch: that escaped the seed
+            loaded = "torch" in sys.modules
+            self.torch_setup()
+            try:
+                with (
+                    units.measured(meta, self.device),
+                    units.seeded([unit.fn, own.get("seed", own)], self.device),
+                ):
+                    result = fn(**unit.arguments)
+            except Exception as error:
+                error.add_note(f"in unit {unit.id}")
+                raise
+        if not isinstance(result, Mapping) or not all(
+            isinstance(k, str) and k.isidentifier() for k in result
+        ):
+            raise TypeError(
+                f"unit {unit.id}: {unit.fn} must return a dict whose keys are identifiers, not {result!r:.80}"
+            )
         meta |= {"device": units.device_name(self.device), "versions": units.versions()}
         meta |= {"commit": units.commit(), "recorded": units.now()}
 
         def fill(folder: Path) -> None:
             folder.mkdir()
             meta["kinds"] = units.write_values(folder, result)
-            meta["files"] = {p.name: paths.file_sha256(p) for p in sorted(folder.iterdir())}
+            meta["files"] = {file.name: paths.file_sha256(file) for file in sorted(folder.iterdir())}
             (folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
 
-        units.publish(self._own[0], f"{unit.fn}-{unit.key[:16]}", unit.key, fill)
-        if not self._load(unit):  # read back: a fresh result and a saved one are the same
-            raise RuntimeError(f"unit {unit.id} was saved in {self._own[0]} but cannot be read back")
+        units.publish(self._own[0], unit.name, unit.key, fill)
+        if not self._load(unit):  # a fresh result is read back like a saved one, so that they never differ
+            raise OSError(f"unit {unit.id} was saved in {self._own[0]} but cannot be read back")
         self._computing += time.perf_counter() - began
-        with open(self.folder / "units.log", "a", encoding="utf-8") as log:
+        with suppress(OSError), open(self.folder / "units.log", "a", encoding="utf-8") as log:
             log.write(f"{meta['recorded']} {unit.id} {meta['seconds']:.1f} s\n")
 
     # ------------------------------------------------------------ results
 
     def results(self, metrics: Mapping[str, Any], arrays: Mapping[str, Any] | None = None) -> Any:
-        """Save {metric: {arm: values}} and named arrays in this run's folder; returns them with their verdicts."""
+        """Save {metric: {arm: values}} and named arrays in this run's folder; returns them with verdicts."""
         from readrun import records
 
         self._here = records.save_results(self, metrics, dict(arrays or {}))
         return self._here
 
     def recorded(self) -> Any:
-        """The chapter's committed record; in the gpu profile this run's own results; None where there are none."""
+        """The committed record; in the gpu profile this run's own results; None where there are none."""
         from readrun import records
 
         return self._here if self.profile == "gpu" else records.load(self.slug)
 
     @property
     def code_sha256(self) -> str:
-        """The chapter's content key under this run's parameters."""
+        """The chapter's content key with this run's parameters."""
         return content.content_key(self.slug, self.parameters)
 
     @property
     def render_seconds(self) -> float:
-        """Time since `start` that was not spent computing units."""
+        """Time since `start` in which no unit was computed."""
         return time.perf_counter() - self._started - self._computing
 
     def torch_setup(self) -> None:
-        """Deterministic algorithms where torch runs on the CPU; nothing if torch is not imported."""
-        torch = sys.modules.get("torch")
-        if torch is not None and self.device == "cpu":
-            torch.use_deterministic_algorithms(True)
+        """Deterministic algorithms where torch runs on the CPU; nothing if torch is not imported yet."""
+        if self.device == "cpu" and "torch" in sys.modules:
+            sys.modules["torch"].use_deterministic_algorithms(True)
 
 
 def start(
-    slug: str,
-    *,
-    profile: str = "",
-    seed: int = 0,
-    seeds: int = 0,
-    device: str = "auto",
-    checkpoint: str = "",
-    only: str = "",
-    out: str = "",
-    **own: Any,
-) -> Run:
-    """Begin a run of the chapter `slug` with the values of its `parameters` cell; `own` are the chapter's own.
+    slug: str, *, profile: str = "", seed: int = 0, seeds: int = 0, device: str = "auto",
+    checkpoint: str = "", only: str = "", out: str = "", **own: Any,
+) -> Run:  # fmt: skip
+    """Begin a run of the chapter `slug` with the values of its parameters cell; `own` are the chapter's own.
 
-    Raises ValueError naming the parameter and the accepted values, before anything is computed. Seeds the random
-    streams of python, numpy and (if imported) torch.
+    Seeds python, numpy and torch. Raises ValueError naming the parameter and the accepted values.
     """
-    if not re.fullmatch(r"[a-z][a-z0-9_]*", slug):
-        raise ValueError(f"slug: {slug!r}; accepted: lower-case letters, digits and underscores")
-    profile = profile or os.environ.get("READRUN_PROFILE") or "cpu"
-    if profile not in PROFILES:
-        raise ValueError(f"profile: {profile!r}; accepted: {', '.join(PROFILES)}, or empty for $READRUN_PROFILE or cpu")
-    for name, value in {"only": only, "out": out, "checkpoint": checkpoint, "device": device}.items():
+    if not re.fullmatch(r"[a-z]\w*", slug):
+        raise ValueError(f"slug: {slug!r}; accepted: a name of lower-case letters, digits and underscores")
+    for name, value in {
+        "profile": profile,
+        "device": device,
+        "checkpoint": checkpoint,
+        "only": only,
+        "out": out,
+    }.items():
         if not isinstance(value, str):
             raise ValueError(f"{name}: {value!r}; accepted: a string")
-    parameters = {"profile": profile, "seed": _whole("seed", seed, 0), "seeds": _whole("seeds", seeds, 0)}
-    parameters |= {"device": device, "checkpoint": _checkpoint(checkpoint), "only": only, "out": out}
+    profile = profile or os.environ.get("READRUN_PROFILE") or "cpu"
+    if profile not in PROFILES:
+        raise ValueError(f"profile: {profile!r}; accepted: {', '.join(PROFILES)}")
+    given = {"profile": profile, "seed": _whole("seed", seed, 0), "seeds": _whole("seeds", seeds, 0)}
+    given |= {"device": device, "checkpoint": _checkpoint(checkpoint), "only": only, "out": out}
     for name, value in own.items():
         try:
             units.plain(value, name)
         except TypeError as error:
             raise ValueError(f"{error}; accepted: JSON data") from None
-    run = Run(slug, parameters | own, _device(device, profile, only))
+    run = Run(slug, given | own, _device(device, profile, only))
     import numpy as np
 
     random.seed(seed)
@@ -228,41 +232,43 @@ def start(
 
 def _whole(name: str, value: Any, least: int) -> int:
     try:
-        number = operator.index(value)
+        number = least - 1 if isinstance(value, bool) else operator.index(value)
     except TypeError:
         number = least - 1
-    if number < least or isinstance(value, bool):
+    if number < least:
         raise ValueError(f"{name}: {value!r}; accepted: a whole number, {least} or more")
     return number
 
 
 def _checkpoint(value: str) -> str:
-    """A hub id unchanged, an existing path made absolute."""
     path = Path(value).expanduser()
-    if value and path.exists():
-        return str(path.resolve())
-    if value and (not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", value) or (len(path.parts) > 1 and Path(path.parts[0]).is_dir())):
-        raise ValueError(f"checkpoint: {value!r} does not exist; accepted: a folder, a hub id such as org/name, or empty")
+    if not value or path.exists():
+        return value and str(path.resolve())
+    hub_id = re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", value) and not Path(value.partition("/")[0] + "/").is_dir()
+    if not hub_id:
+        raise ValueError(
+            f"checkpoint: {value!r} does not exist; accepted: a folder, a hub id (org/name), or empty"
+        )
     return value
 
 
 def _device(device: str, profile: str, only: str) -> str:
-    device = os.environ.get("READRUN_DEVICE", "auto") if device == "auto" else device
-    if device not in DEVICES:
-        raise ValueError(f"device: {device!r}; accepted: {', '.join(DEVICES)}")
-    driver = any(Path(p).exists() for p in ("/dev/nvidiactl", "/dev/nvidia0", "/dev/dxg"))
+    device = os.environ.get("READRUN_DEVICE") or "auto" if device == "auto" else device
+    if device not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"device: {device!r}; accepted: auto, cpu, cuda")
     cuda = False
-    if device != "cpu" and ("torch" in sys.modules or driver or device == "cuda"):  # torch takes 2 s to import
-        try:
+    driver = any(Path(path).exists() for path in ("/dev/nvidiactl", "/dev/dxg"))
+    if (
+        device == "cuda" or device == "auto" and ("torch" in sys.modules or driver)
+    ):  # torch needs 2 s to import
+        with suppress(ImportError):
             import torch
 
             cuda = torch.cuda.is_available()
-        except ImportError:
-            pass
-    if not cuda and (device == "cuda" or (device == "auto" and profile == "gpu" and only != "none")):
-        wanted = "device: 'cuda'" if device == "cuda" else "profile: 'gpu'"
+    if not cuda and (device == "cuda" or device == "auto" and profile == "gpu" and only != "none"):
+        asked = f"device: {device!r}" if device == "cuda" else "profile: 'gpu' with device 'auto'"
         raise ValueError(
-            f"{wanted} needs a CUDA GPU and there is none; accepted: device='cpu' (slow in the gpu profile),"
+            f"{asked} needs a CUDA GPU and there is none; accepted: device='cpu' (or READRUN_DEVICE=cpu),"
             " profile='smoke' or 'cpu', or only='none' to draw from saved units"
         )
     return "cuda" if cuda else "cpu"

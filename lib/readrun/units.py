@@ -1,16 +1,16 @@
-"""Units: one saved result per (function, arguments, reached definitions), so that killed work resumes."""
+"""Units: one saved result per function, arguments and reached definitions, so that killed work resumes."""
 
 from __future__ import annotations
 
 import ast
 import builtins
 import contextlib
-import hashlib
 import inspect
 import json
 import os
 import platform
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -21,26 +21,35 @@ from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from readrun import content, paths
 
+if TYPE_CHECKING:
+    from readrun.run import Run
+
+# what a unit function may read of its run without making it part of the key
+RUN_FREE = content.NOT_IN_KEY | {"slug", "folder", "media", "unit", "results", "recorded", "torch_setup"}
+# reading these names hides what a function reaches
+DOUBTFUL = frozenset({"globals", "eval", "exec", "__import__", "importlib"})
+
 
 class Unit(Mapping[str, Any]):
-    """The saved result of one piece of an experiment; a mapping over what its function returned.
+    """The saved result of one piece of an experiment: a mapping over what its function returned.
 
-    `id` names it in logs and `only` patterns, `key` decides whether a saved result is its own, `arguments` are those
-    of the call, `done` says whether there is a result, `meta` holds seconds, peak memory, device, versions, commit.
+    `id` names it in logs and `only` patterns, `key` tells whether a saved result is its own, `arguments` are
+    the call's, `done` says whether there is a result, `meta` has seconds, peak memory, device, versions, commit.
     """
 
     def __init__(self, fn: str, arguments: dict[str, Any], key: str, compute: Callable[[Unit], None]) -> None:
-        short = {k: v for k, v in arguments.items() if isinstance(v, (str, int, float)) and len(str(v)) <= 40}
-        self.id = f"{fn}/{','.join(f'{k}={v}' for k, v in short.items())}".rstrip("/").replace(" ", "_")
-        self.fn, self.arguments, self.key = fn, arguments, key
-        self.meta: dict[str, Any] = {}
+        short = [
+            f"{k}={v}" for k, v in arguments.items() if isinstance(v, (str, int, float)) and len(str(v)) < 40
+        ]
+        self.id = re.sub(r"\s", "_", f"{fn}/{','.join(short)}".rstrip("/"))
+        self.fn, self.arguments, self.key, self.name = fn, arguments, key, f"{fn}-{key[:16]}"
         self.folder: Path | None = None
-        self._compute = compute
-        self._values: dict[str, Any] = {}
+        self.meta: dict[str, Any] = {}
+        self._compute, self._values = compute, dict[str, Any]()
 
     @property
     def done(self) -> bool:
@@ -53,14 +62,13 @@ class Unit(Mapping[str, Any]):
         return self
 
     def _kinds(self) -> dict[str, str]:
-        if self.folder is None:
-            raise KeyError(f"unit {self.id} has no result: it was not selected by `only` and is not saved")
+        if not self.done:
+            raise KeyError(f"unit {self.id} has no result: `only` did not select it and none is saved")
         return self.meta["kinds"]
 
     def __getitem__(self, name: str) -> Any:
         kind = self._kinds()[name]
-        if name not in self._values:
-            assert self.folder is not None
+        if name not in self._values and self.folder is not None:
             self._values[name] = read_value(self.folder, name, kind)
         return self._values[name]
 
@@ -73,19 +81,17 @@ class Unit(Mapping[str, Any]):
     def __repr__(self) -> str:
         return f"Unit({self.id}, {'done' if self.done else 'no result'})"
 
-    def __hash__(self) -> int:
-        return hash(self.key)
-
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Unit) and other.key == self.key
+
+    def __hash__(self) -> int:
+        return hash(self.key)
 
 
 def units_in(value: Any) -> list[Unit]:
     """The units among (nested) arguments."""
-    if isinstance(value, Unit):
-        return [value]
     nested = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else []
-    return [u for v in nested for u in units_in(v)]
+    return [value] if isinstance(value, Unit) else [u for v in nested for u in units_in(v)]
 
 
 def plain(value: Any, where: str) -> Any:
@@ -96,153 +102,150 @@ def plain(value: Any, where: str) -> Any:
         return {k: plain(v, f"{where}[{k!r}]") for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(v, f"{where}[{i}]") for i, v in enumerate(value)]
+    if type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0:
+        value = value.item()
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    if type(value).__module__ == "numpy" and hasattr(value, "item") and getattr(value, "ndim", 1) == 0:
-        return plain(value.item(), where)
     raise TypeError(f"{where}: {type(value).__name__} is neither JSON data with string keys nor a unit")
 
 
 # ---------------------------------------------------------------- the key
 
 
-def executed(fn: Callable[..., Any], slug: str) -> list[str]:
-    """Sources that made the globals of `fn`: cells run in this kernel, cells of a script so far, or a whole file."""
+def executed(fn: Any, slug: str) -> list[str]:
+    """Sources that made `fn`'s globals: cells run in this kernel, a script's cells so far, or a whole file."""
     script = content.cells(slug) if paths.notebook(slug).is_file() else []
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
     if shell is not None and any(fn.__globals__ is n for n in (shell.user_ns, shell.user_global_ns)):
-        hidden = {c.source for c in script if c.presentation}
-        raw = [s.rstrip("\n") for s in shell.history_manager.input_hist_raw]
-        return [s for i, s in enumerate(raw) if s not in hidden and s not in raw[i + 1 :]]  # a cell's last run counts
-    line, frame = sys.maxsize, sys._getframe()
+        hidden = {cell.source for cell in script if not cell.computes}
+        ran = [source.rstrip("\n") for source in shell.history_manager.input_hist_raw]
+        return [
+            s for i, s in enumerate(ran) if s not in hidden and s not in ran[i + 1 :]
+        ]  # a cell's last run counts
+    if not (file := Path(fn.__code__.co_filename)).is_file():
+        raise TypeError(f"unit: {fn.__name__} has no source file; define it in a notebook or a module")
+    if file.resolve() != paths.notebook(slug).resolve():
+        return [file.read_text(encoding="utf-8")]
+    line, frame = sys.maxsize, inspect.currentframe()
     while frame is not None:
         if frame.f_globals is fn.__globals__ and frame.f_code.co_name == "<module>":
             line = frame.f_lineno
         frame = frame.f_back
-    file = Path(fn.__code__.co_filename)
-    if not file.is_file():
-        raise ValueError(f"unit function {fn.__name__} has no source: define it in a notebook or in a file")
-    if script and file.resolve() == paths.notebook(slug).resolve():
-        return [c.source for c in script if c.kind == "code" and not c.presentation and c.first_line <= line]
-    return [file.read_text(encoding="utf-8")]
-
-
-def read_statements(sources: tuple[str, ...]) -> list[content.Statement]:
-    code: list[content.Statement] = []
-    for source in sources:
-        with contextlib.suppress(SyntaxError):  # it never ran
-            code += content.statements(source)
-    return code
-
-
-@lru_cache(maxsize=256)
-def follow(start: str, sources: tuple[str, ...], leaves: frozenset[str]) -> tuple[dict[str, list[ast.stmt]], set[str], bool]:
-    """What `start` reaches: {global name: its statements}, the names of the `Run`, whether all this is in doubt.
-
-    Leaves are parameters: their values count, not their statements.
-    """
-    code = read_statements(sources)
-    star = any("*" in s.binds for s in code)
-    escaped = {n for s in code for n in s.reads if n.startswith("global ")}
-    found: dict[str, list[ast.stmt]] = {}
-    todo, runs, doubt = [start], set(), False
-    while todo:
-        name = todo.pop()
-        if name in found:
-            continue
-        bound = [i for i, s in enumerate(code) if name in s.binds]
-        last = bound[-1] if bound else -1
-        solid = bound and isinstance(code[last].node, content.DEFINITIONS)
-        reached = [code[last]] if bound else []
-        found[name] = []
-        if name in leaves or any(_starts_run(s.node) for s in reached):
-            runs |= {name} - leaves
-            continue
-        reached += [s for s in code[last + 1 :] if name in s.changes or (name in s.touches and not solid)]
-        found[name] = [s.node for s in reached]
-        doubt |= f"global {name}" in escaped or name == start and not bound
-        doubt |= star and not reached and not hasattr(builtins, name)
-        for statement in reached:
-            todo += statement.reads
-            doubt |= bool(statement.reads & content.DOUBTFUL) or any(n.startswith("global ") for n in statement.reads)
-    return found, runs, doubt
+    return [cell.source for cell in script if cell.computes and cell.first_line <= line]
 
 
 def _starts_run(node: ast.stmt) -> bool:
-    call = node.value if isinstance(node, ast.Assign) else None
-    return isinstance(call, ast.Call) and content.call_name(call) == "start"
+    value = node.value if isinstance(node, ast.Assign) else None
+    return isinstance(value, ast.Call) and content.call_name(value) == "start"
 
 
-def unit_key(fn: Callable[..., Any], arguments: dict[str, Any], run: Any) -> str:
-    """Digest of what `fn(**arguments)` can depend on. Raises TypeError for arguments that are not JSON data or units."""
+@lru_cache(maxsize=256)
+def follow(
+    start: str, sources: tuple[str, ...], leaves: frozenset[str]
+) -> tuple[dict[str, Any], set[str], bool]:
+    """What `start` reaches: {global name: its statements}, names of the run, whether this is in doubt.
+
+    Leaves are parameters: their values count, not their statements.
+    """
+    code = [statement for source in sources for statement in content.statements(source)]
+    found: dict[str, list[ast.stmt]] = {}
+    todo, runs, doubt = {start}, set(), False
+    while todo := todo - found.keys():
+        name = todo.pop()
+        last = max((i for i, s in enumerate(code) if name in s.binds), default=-1)
+        reached, found[name] = code[last : last + 1] if last >= 0 else [], []
+        if name in leaves or any(_starts_run(s.node) for s in reached):
+            runs |= {name} - leaves
+            continue
+        solid = last >= 0 and isinstance(code[last].node, content.DEFINITIONS)  # calls do not change it
+        reached += [s for s in code[last + 1 :] if name in s.changes or (name in s.touches and not solid)]
+        found[name] = [s.node for s in reached]
+        todo |= {n for s in reached for n in s.reads}
+        doubt |= (
+            name in DOUBTFUL or name.startswith("global ") or any(f"global {name}" in s.reads for s in code)
+        )
+        doubt |= not reached and (
+            name == start or not hasattr(builtins, name) and any("*" in s.binds for s in code)
+        )
+    return found, runs, doubt
+
+
+def unit_key(fn: Callable[..., Any], arguments: dict[str, Any], run: Run) -> str:
+    """Digest of all that `fn(**arguments)` can depend on. Raises TypeError for unsuitable arguments."""
     inner = inspect.unwrap(fn)
-    if not inspect.isfunction(inner) or inner.__name__ == "<lambda>":
-        raise TypeError(f"unit: {fn!r} is not a named function")
-    call = [content.SCHEME, inner.__name__, plain(arguments, f"argument of {inner.__name__}")]
+    name = getattr(inner, "__name__", "")
+    if not inspect.isfunction(inner) or not name.isidentifier():
+        raise TypeError(f"unit: {fn!r} is not a function with a name")
+    call = [content.SCHEME, name, plain(arguments, f"{name}: argument")]
     module = inner.__module__.removeprefix("readrun.")
     if module != inner.__module__ and not module.startswith("chapters."):
-        return content.digest([call, content.modules_reached([module])])
+        return content.digest([call, content.modules_reached(ast.parse(f"import readrun.{module}").body)])
     values = content.key_parameters(run.slug, run.parameters)
-    space = inner.__globals__
-    named = {**run.parameters, **content.default_parameters(run.slug)}
-    leaves = frozenset(n for n in named if not callable(space.get(n)))
+    given = run.parameters | {k: v for k, v in inner.__globals__.items() if k in run.parameters}
+    leaves = frozenset(k for k, v in given.items() if not callable(v))
     sources = tuple(executed(inner, run.slug))
-    found, runs, doubt = follow(inner.__name__, sources, leaves)
-    trees = [s for nodes in found.values() for s in nodes]
-    used: dict[str, Any] = {}
-    for name in (found.keys() & leaves) - {"only", "out", "device"}:
-        used[name] = values[name] if name in ("profile", "checkpoint") else repr(space.get(name, named[name]))
-    for node in [n for tree in trees for n in ast.walk(tree)]:
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in runs:
-            read = {"settings": "profile"}.get(node.attr, node.attr)
-            if read not in content.RUN_FREE:
-                used |= {read: values[read]} if read in ("profile", "checkpoint") else values
-    code = {n: [content.canonical(s, run.profile) for s in nodes] for n, nodes in sorted(found.items()) if nodes}
-    modules = content.modules_reached(m for tree in trees for m in content.modules_in(tree))
+    found, runs, doubt = follow(name, sources, leaves)
+    trees = [tree for nodes in found.values() for tree in nodes]
+    reached = leaves & found.keys() - {"only", "out", "device"}
+    used = {k: values[k] if k in ("profile", "checkpoint") else repr(given[k]) for k in reached}
+    nodes = [node for tree in trees for node in ast.walk(tree)] if runs else []
+    of_run = [n.attr for n in nodes if isinstance(n, ast.Attribute) and getattr(n.value, "id", "") in runs]
+    for attribute in {"profile" if a == "settings" else a for a in of_run} - RUN_FREE:
+        used |= {attribute: values[attribute]} if attribute in ("profile", "checkpoint") else values
+    if sum(isinstance(n, ast.Name) and n.id in runs for n in nodes) > len(of_run):
+        used |= values  # the run itself is handed on
+    code = {
+        n: [content.canonical(tree, run.profile) for tree in nodes] for n, nodes in found.items() if nodes
+    }
+    modules = content.modules_reached(trees)
     assets = content.assets_reached([*trees, ast.parse(repr(call))], modules, run.slug)
     whole: list[str] = []
-    if doubt:
+    if doubt:  # then everything counts
         whole = [content.content_key(run.slug, run.parameters)] if paths.notebook(run.slug).is_file() else []
-        every = [s for s in read_statements(sources) if not s.binds or s.binds - leaves]
-        whole += [inspect.getsource(inner), *[content.canonical(s.node, run.profile) for s in every]]
+        every = [
+            s for source in sources for s in content.statements(source) if not s.binds or s.binds - leaves
+        ]
+        whole += [inspect.getsource(inner), *(content.canonical(s.node, run.profile) for s in every)]
     return content.digest([call, code, modules, assets, used, whole])
 
 
-# ---------------------------------------------------------------- files of one unit
+# ---------------------------------------------------------------- files
 
 
 def _kind(value: Any) -> str:
-    """json | array | tensor | state: where a returned value is stored."""
-    torch, numpy = sys.modules.get("torch"), sys.modules.get("numpy")
+    numpy, torch = sys.modules.get("numpy"), sys.modules.get("torch")
     if numpy and isinstance(value, numpy.ndarray):
         return "array"
-    if torch and isinstance(value, torch.Tensor):
-        return "tensor"
-    if torch and isinstance(value, dict) and value and all(isinstance(v, torch.Tensor) for v in value.values()):
+    if (
+        torch
+        and isinstance(value, dict)
+        and value
+        and all(isinstance(v, torch.Tensor) for v in value.values())
+    ):
         return "state"
-    return "json"
+    return "tensor" if torch and isinstance(value, torch.Tensor) else "json"
 
 
 def write_values(folder: Path, result: Mapping[str, Any]) -> dict[str, str]:
-    """Write a unit's result into `folder`; returns {name: kind} in the result's order."""
-    kinds = {name: _kind(value) for name, value in result.items()}
-    scalars = {n: plain(result[n], f"result[{n!r}]") for n, k in kinds.items() if k == "json"}
-    (folder / "result.json").write_text(json.dumps(scalars), encoding="utf-8")
-    arrays = {n: result[n] for n, k in kinds.items() if k == "array"}
-    if arrays:
-        import numpy as np
+    """Write a unit's result into `folder`: scalars, lists, dicts as JSON, arrays as npz, tensors as safetensors.
 
-        if bad := [n for n, a in arrays.items() if a.dtype.hasobject]:
-            raise TypeError(f"result[{bad[0]!r}]: arrays of Python objects cannot be saved")
-        with open(folder / "arrays.npz", "wb") as out:
-            np.savez_compressed(out, **{f"array:{n}": a for n, a in arrays.items()})
-    for name in [n for n, k in kinds.items() if k in ("tensor", "state")]:
+    Returns {name: json | array | tensor | state}. Raises TypeError for anything else.
+    """
+    kinds = {name: _kind(value) for name, value in result.items()}
+    data = {name: plain(result[name], f"result[{name!r}]") for name, kind in kinds.items() if kind == "json"}
+    (folder / "result.json").write_text(json.dumps(data), encoding="utf-8")
+    arrays = {f"{name}.": result[name] for name, kind in kinds.items() if kind == "array"}
+    if any(array.dtype.hasobject for array in arrays.values()):
+        raise TypeError(f"result: an array of Python objects among {', '.join(arrays)}")
+    if arrays:
+        sys.modules["numpy"].savez_compressed(folder / "arrays.npz", **arrays)
+    for name in [name for name, kind in kinds.items() if kind in ("tensor", "state")]:
         from safetensors.torch import save
 
-        tensors = result[name] if kinds[name] == "state" else {"tensor": result[name]}
-        # a clone each: safetensors refuses tensors that share memory (tied weights)
-        own = {k: t.detach().to("cpu", copy=True).contiguous() for k, t in tensors.items()}
-        (folder / f"{name}.safetensors").write_bytes(save(own, {"order": json.dumps(list(own))}))
+        tensors = result[name] if kinds[name] == "state" else {"": result[name]}
+        # copies: safetensors refuses tensors that share memory, such as tied weights
+        copies = {k: t.detach().to("cpu", copy=True).contiguous() for k, t in tensors.items()}
+        (folder / f"{name}.safetensors").write_bytes(save(copies, {"order": json.dumps(list(copies))}))
     return kinds
 
 
@@ -254,160 +257,136 @@ def read_value(folder: Path, name: str, kind: str) -> Any:
         import numpy as np
 
         with np.load(folder / "arrays.npz", allow_pickle=False) as arrays:
-            return arrays[f"array:{name}"]
+            return arrays[f"{name}."]
     from safetensors import safe_open
 
     with safe_open(folder / f"{name}.safetensors", "pt") as file:
         tensors = {k: file.get_tensor(k) for k in json.loads(file.metadata()["order"])}
-    return tensors if kind == "state" else tensors["tensor"]
+    return tensors if kind == "state" else tensors[""]
 
 
 def read_meta(folder: Path, key: str = "") -> dict[str, Any]:
-    """A unit folder's meta.json after checking every file. Raises ValueError saying what is wrong with it."""
+    """meta.json of a unit's folder, after checking all its files. Raises ValueError if one is damaged."""
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        if key and meta["key"] != key:
-            raise ValueError("it holds another key")
-        for name, digest in meta["files"].items():
-            if hashlib.sha256((folder / name).read_bytes()).hexdigest() != digest:
-                raise ValueError(f"{name} differs from its checksum")
+        wrong = [name for name, sha256 in meta["files"].items() if paths.file_sha256(folder / name) != sha256]
+        if wrong or meta["key"] != (key or meta["key"]):
+            raise ValueError(f"{wrong[0]} differs from its checksum" if wrong else "it has another key")
         return meta
-    except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"unit folder {folder} is damaged: {error}") from error
+    except (OSError, LookupError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"unit folder {folder} is damaged ({error!r})") from error
 
 
 def find(stores: list[Path], name: str, key: str) -> tuple[Path, dict[str, Any]] | None:
-    """The first sound copy of a unit; a damaged one in the first store (our own) is put aside, with a warning."""
-    for place, store in enumerate(stores):
-        folder = store / name
+    """The first sound copy of a unit; damaged ones are put aside where that is allowed, with a warning."""
+    for folder in [store / name for store in stores if (store / name).exists()]:
         try:
-            if folder.exists():
-                return folder, read_meta(folder, key)
+            return folder, read_meta(folder, key)
         except ValueError as error:
-            warnings.warn(f"{error}; it is not used", RuntimeWarning, stacklevel=2)
-            if place == 0:
-                with contextlib.suppress(OSError):  # another process was faster
-                    folder.rename(store / f".damaged-{name}-{uuid.uuid4().hex[:8]}")
+            warnings.warn(f"{error}: it is kept aside and not used", RuntimeWarning, stacklevel=3)
+            with contextlib.suppress(OSError):  # a read-only folder, or another process was faster
+                folder.rename(folder.with_name(f".damaged-{name}-{uuid.uuid4().hex[:8]}"))
     return None
 
 
-def publish(store: Path, name: str, key: str, fill: Callable[[Path], object]) -> Path:
-    """Let `fill` write a temporary folder and rename it to store/name: whole or not at all.
+def publish(store: Path, name: str, key: str, fill: Callable[[Path], object]) -> None:
+    """Let `fill` make a temporary folder and rename it to store/name; a sound one already there stays.
 
-    Where another process was faster its sound copy stays. Raises OSError (full disk, no permission) with the unit's
-    name; nothing half-written is left.
+    Raises OSError naming the unit (full disk, no permission); nothing half-written is left then.
     """
-    folder, temporary = store / name, store / f".tmp-{uuid.uuid4().hex[:12]}"
+    temporary = store / f".tmp-{uuid.uuid4().hex[:12]}"
     try:
         store.mkdir(parents=True, exist_ok=True)
-        for old in store.glob(".tmp-*"):  # left by a killed process
-            if time.time() - old.stat().st_mtime > 86400:
+        for old in store.glob(".tmp-*"):
+            if time.time() - old.stat().st_mtime > 86400:  # of a killed process
                 shutil.rmtree(old, ignore_errors=True)
         fill(temporary)
-        try:
-            temporary.rename(folder)
-        except OSError:
-            if find([store], name, key) is None:
-                temporary.rename(folder)
+        if find([store], name, key) is None:
+            try:
+                temporary.rename(store / name)
+            except OSError:  # another process was faster, or the disk fails
+                if find([store], name, key) is None:
+                    raise
     except OSError as error:
-        reason = f"unit {name} could not be saved in {store}: {error.strerror or error}; nothing half-written is left"
-        raise OSError(error.errno, reason) from error
+        why = f"unit {name} could not be saved in {store}: {error.strerror or error}"
+        raise OSError(error.errno, f"{why}; nothing half-written is left") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return folder
 
 
 # ---------------------------------------------------------------- computing
 
 
 @contextlib.contextmanager
-def seeded(value: Any, with_torch: bool) -> Iterator[None]:
-    """Random streams of python, numpy and torch that depend on `value` alone; the caller's come back after."""
-    number = int(hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8], 16)
+def seeded(value: Any, device: str) -> Iterator[None]:
+    """Random streams of python, numpy, torch that depend on `value` alone; then the caller's are back."""
     import numpy as np
 
-    if with_torch:
-        with contextlib.suppress(ImportError):
-            import torch  # noqa: F401  (a later import inside the function would escape the seed)
-    torch = sys.modules.get("torch")
-    states = random.getstate(), np.random.get_state()
-    random.seed(number)
-    np.random.seed(number)
-    if torch is None:
-        guard: Any = contextlib.nullcontext()
-    else:
-        guard = torch.random.fork_rng(list(range(torch.cuda.device_count())))
-    try:
-        with guard:
-            if torch is not None:
-                torch.manual_seed(number)
-            yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
+    number = int(content.digest(value)[:8], 16)
+    python, legacy, torch = random.getstate(), np.random.get_state(), sys.modules.get("torch")
+    with contextlib.ExitStack() as stack:
+        stack.callback(random.setstate, python)
+        stack.callback(np.random.set_state, legacy)
+        if torch:
+            stack.enter_context(
+                torch.random.fork_rng(range(torch.cuda.device_count() if device == "cuda" else 0))
+            )
+            torch.manual_seed(number)
+        random.seed(number)
+        np.random.seed(number)
+        yield
 
 
 @contextlib.contextmanager
-def measured(meta: dict[str, Any]) -> Iterator[None]:
-    """Fill meta with seconds, peak_ram_gib (this process) and peak_gpu_gib (None without a GPU)."""
-    torch = sys.modules.get("torch")
-    gpu = torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized()
-    for index in range(torch.cuda.device_count() if gpu else 0):
-        torch.cuda.reset_peak_memory_stats(index)
+def measured(meta: dict[str, Any], device: str) -> Iterator[None]:
+    """Fill `meta` with seconds, peak_ram_gib (of this process) and peak_gpu_gib (None on the CPU)."""
+    cuda = sys.modules["torch"].cuda if device == "cuda" and "torch" in sys.modules else None
+    gpus = range(cuda.device_count() if cuda else 0)
+    for gpu in gpus:
+        cuda.reset_peak_memory_stats(gpu)
     with contextlib.suppress(OSError):  # Linux: the peak starts anew
         Path("/proc/self/clear_refs").write_text("5")
     start = time.perf_counter()
     yield
-    gpu = torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized()
-    peaks = [torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count())] if gpu else []
-    if gpu:
-        torch.cuda.synchronize()
+    for gpu in gpus:
+        cuda.synchronize(gpu)
     meta["seconds"] = round(time.perf_counter() - start, 3)
     meta["peak_ram_gib"] = round(peak_ram() / 2**30, 3)
-    meta["peak_gpu_gib"] = round(sum(peaks) / 2**30, 3) if gpu else None
+    meta["peak_gpu_gib"] = round(sum(map(cuda.max_memory_allocated, gpus)) / 2**30, 3) if cuda else None
 
 
 def peak_ram() -> int:
-    """Peak resident bytes of this process, since `measured` began where the system can tell."""
-    try:
-        status = Path("/proc/self/status").read_text()
-        return int(status.split("VmHWM:")[1].split()[0]) * 1024
-    except (OSError, IndexError):
-        import resource
+    """Peak resident bytes of this process; on Linux since `measured` began."""
+    with contextlib.suppress(OSError, IndexError):
+        return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
+    import resource
 
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def device_name(device: str) -> str:
     """The name of the GPU or of the processor."""
     if device == "cuda":
-        import torch
-
-        return torch.cuda.get_device_name()
+        return sys.modules["torch"].cuda.get_device_name()
     with contextlib.suppress(OSError, IndexError):
         return Path("/proc/cpuinfo").read_text().split("model name")[1].split("\n")[0].strip("\t :")
     return platform.processor() or platform.machine()
 
 
 def versions() -> dict[str, str]:
-    """Python's version and those of the loaded packages that compute."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {"python": platform.python_version()}
-    for name in "numpy scipy torch transformers diffusers accelerate peft timm torchvision triton sklearn".split():
-        with contextlib.suppress(PackageNotFoundError):
-            if name in sys.modules:
-                found[name] = version({"sklearn": "scikit-learn"}.get(name, name))
-    return found
+    """Versions of Python and of the loaded libraries that compute."""
+    names = "numpy scipy sklearn torch torchvision transformers diffusers accelerate peft timm triton".split()
+    loaded = {name: getattr(sys.modules[name], "__version__", "") for name in names if name in sys.modules}
+    return {"python": platform.python_version()} | {k: str(v) for k, v in loaded.items() if v}
 
 
 @lru_cache(maxsize=1)
 def commit() -> str | None:
     """$READRUN_COMMIT, else the commit that git has checked out, else None."""
-    if os.environ.get("READRUN_COMMIT"):
-        return os.environ["READRUN_COMMIT"]
+    if named := os.environ.get("READRUN_COMMIT"):
+        return named
+    call = ["git", "-C", str(paths.root()), "rev-parse", "HEAD"]
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        call = ["git", "-C", str(paths.root() or Path.cwd()), "rev-parse", "HEAD"]
         return subprocess.run(call, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     return None
 

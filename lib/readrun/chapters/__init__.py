@@ -1,7 +1,4 @@
-"""`readrun.chapters.<slug>`: the definitions of a chapter's notebook as an importable module.
-
-Importing this package installs the finder, so that a worker process which unpickles a chapter's function finds it.
-"""
+"""`readrun.chapters.<slug>`: a chapter's definitions, also for worker processes, which import this package."""
 
 from readrun.chapter import install
 
