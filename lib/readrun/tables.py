@@ -35,7 +35,7 @@ def measured(found: Row, form: str = "") -> str:
     if found.get("effect") is None:
         return "–"
     low, high, over = found.get("low"), found.get("high"), str(found.get("over") or "exact")
-    interval = "" if low is None or high is None else f" [{number(low)}, {number(high)}]"
+    interval = "" if None in (low, high) or low == high else f" [{number(low)}, {number(high)}]"
     tail = "" if over == "exact" else f" over {found.get('n')} {over.removeprefix('cluster:')}s"
     return number(found["effect"]) + "×" * (form == "ratio") + interval + tail
 
