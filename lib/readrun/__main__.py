@@ -122,11 +122,12 @@ def execute(args: argparse.Namespace) -> int:
     folder = args.folder or execute.run_folder(args.slug, args.profile, args.seed, args.seeds)
     given = {name: json.loads(value) if value[:1] in '0123456789-[{"tf' else value
              for name, _, value in (item.partition("=") for item in args.parameter)}  # fmt: skip
+    print(f"{args.slug}: started, log in {folder}/log.txt", flush=True)
     status = execute.execute(
         args.slug, profile=args.profile, folder=folder.resolve(), seed=args.seed, seeds=args.seeds, only=args.only,
         limit=args.limit, parameters=given, expect=args.expect,
     )  # fmt: skip
-    print(f"{args.slug}: {status['state']} {status['error']}")
+    print(f"{args.slug}: {status['state']} after {status['seconds']:.0f} s {status['error']}")
     return 0
 
 

@@ -31,7 +31,10 @@ ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 def run_folder(slug: str, profile: str, seed: int = 0, seeds: int = 0) -> Path:
     """Where a run of today's sources belongs: ``build/<slug>/<profile>/<content>-<render>[-s<seed>n<seeds>]``."""
-    keys = content.content_key(slug, {"profile": profile})[:12], content.render_key(slug)[:12]
+    try:
+        keys = content.content_key(slug, {"profile": profile})[:12], content.render_key(slug)[:12]
+    except Exception:  # a cell or file that cannot be read fails its chapter, when it is executed, not the book
+        keys = "unreadable", paths.file_sha256(paths.notebook(slug))[:12]
     narrowed = f"-s{seed}n{seeds}" if seed or seeds else ""
     return paths.build() / slug / profile / ("-".join(keys) + narrowed)
 
@@ -149,7 +152,7 @@ def execute(
 ) -> dict[str, Any]:
     """Execute chapter ``slug`` in ``folder`` and return its status, which is also in ``folder/status.json``.
 
-    ``limit``: seconds, by default those of the profile. ``parameters``: more notebook parameters. ``expect``: the
+    ``limit``: seconds, by default $READRUN_LIMIT or those of the profile. ``parameters``: more notebook parameters. ``expect``: the
     folder name that today's sources should give; where an edit since has changed it nothing is executed, because
     outputs of the new sources do not belong under the old key. The executed notebook, whole or partial, is
     ``executed.ipynb``; what cells printed is in ``log.txt``.
@@ -161,7 +164,7 @@ def execute(
     status_file, reserve, executed = folder / "status.json", folder / "status.part", folder / "executed.ipynb"
     status_file.unlink(missing_ok=True)
     executed.unlink(missing_ok=True)
-    limit = limit or LIMITS[profile]
+    limit = limit or float(os.environ.get("READRUN_LIMIT") or LIMITS[profile])
     started, clock = datetime.now(UTC).isoformat(timespec="seconds"), time.monotonic()
     device = "auto" if profile == "gpu" and only != "none" else "cpu"
     given = {"profile": profile, "seed": seed, "seeds": seeds, "device": device, "only": only, "out": str(folder)}

@@ -113,14 +113,15 @@ def _failure(status: Mapping[str, Any]) -> str:
     return f"``````{{admonition}} {title}\n:class: error\n\n{body}\n``````"
 
 
-def _notes(slug: str, edition: str, status: Mapping[str, Any] | None, missing: int) -> list[str]:
+def _notes(slug: str, status: Mapping[str, Any] | None, missing: int) -> list[str]:
     """What a reader must know before reading the page: it failed, it was not run, its record is old."""
     notes = []
     if status and status["state"] != "ok":
         notes.append(_failure(status))
     elif missing:
-        what = "recorded" if edition == "recorded" or not status else "executed"
-        notes.append(f":::{{warning}}\n{missing} code cell(s) changed since the outputs were {what} and show none.\n:::")
+        what = "executed" if status else "recorded"
+        notes.append(f":::{{warning}}\n{missing} code cells have changed since this chapter was {what}, or never were;"
+                     " they show no output.\n:::")  # fmt: skip
     if not record_problem(slug):
         from readrun import records
 
@@ -153,7 +154,7 @@ def page(slug: str, edition: str, folder: Path, status: Mapping[str, Any] | None
     notebook = source_notebook(slug)
     recorded = edition == "recorded" or not status
     missing = join(notebook, load(paths.notebook(slug).with_suffix(".ipynb") if recorded else folder / "executed.ipynb"))
-    notes = _notes(slug, edition, status, missing)
+    notes = _notes(slug, status, missing)
     for cell in notebook["cells"] if notes else []:
         if cell["cell_type"] == "markdown":  # after its heading, which stays the page's first line
             head, _, rest = _text(cell).partition("\n")
