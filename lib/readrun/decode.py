@@ -13,6 +13,7 @@ graphs and replayed, and the host looks at the rows every 16 tokens; on a CPU th
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -104,7 +105,9 @@ class Decoder:
     num_return_sequences: sequences per prompt, neighbours in the batch; a prompt is run once for all
     dtype: compute in it, with weights converted once per call (autocast does so for every token); None: as is
     graphs: capture CUDA graphs; None: if the model is on a GPU
-    bucket: attention reads the used slots rounded up to a multiple of this; each multiple has a graph
+    bucket: attention reads the used slots rounded up to a multiple of this; each multiple has a graph; 0: 64,
+        or all slots if compile
+    compile: fuse the step with torch.compile first; takes a C compiler and some 20 s, once per process and shape
     Raises ValueError for sizes that do not fit each other or the model.
     """
 
@@ -112,21 +115,23 @@ class Decoder:
     def __init__(
         self, model: torch.nn.Module, batch: int, prompt_len: int, max_new_tokens: int, *,
         eos_id: int | Sequence[int], pad_id: int, num_return_sequences: int = 1,
-        dtype: torch.dtype | None = None, graphs: bool | None = None, bucket: int = 64,
+        dtype: torch.dtype | None = None, graphs: bool | None = None,
+        bucket: int = 0, compile: bool = False,
     ) -> None:  # fmt: skip
         config, total = model.config.get_text_config(), prompt_len + max_new_tokens
         window = getattr(config, "sliding_window", None) or total
         kinds = set(getattr(config, "layer_types", None) or ())
-        if min(batch, prompt_len, max_new_tokens, num_return_sequences, bucket) < 1:
+        if min(batch, prompt_len, max_new_tokens, num_return_sequences) < 1 or bucket < 0:
             raise ValueError("a Decoder needs positive sizes")
         if batch % num_return_sequences:
-            raise ValueError(f"batch={batch} is not a multiple of num_return_sequences={num_return_sequences}")
+            raise ValueError(f"batch={batch} is no multiple of num_return_sequences={num_return_sequences}")
         if total > (limit := getattr(config, "max_position_embeddings", None) or total):
             raise ValueError(f"prompt_len + max_new_tokens = {total} exceeds the model's {limit} positions")
         if not kinds <= {"full_attention", "sliding_attention"} or total > window:
             raise ValueError(f"a Decoder needs full attention, not {sorted(kinds)} with a window of {window}")
-        self.model, self.batch, self.prompt_len, self.bucket = model, batch, prompt_len, bucket
-        self.max_new_tokens, self.num_return_sequences, self.pad_id = max_new_tokens, num_return_sequences, pad_id
+        self.model, self.batch, self.prompt_len, self.pad_id = model, batch, prompt_len, pad_id
+        self.max_new_tokens, self.num_return_sequences = max_new_tokens, num_return_sequences
+        self.compile, self.bucket = compile, bucket or (total if compile else 64)
         self.eos_ids = (eos_id,) if isinstance(eos_id, int) else tuple(eos_id)
         weight, self.vocab_size = next(model.parameters()), config.vocab_size
         self.device, self.dtype = weight.device, dtype or weight.dtype
@@ -142,14 +147,14 @@ class Decoder:
         self._done = torch.zeros(batch, dtype=torch.bool, device=self.device)
         self._position, self._eos = torch.zeros(batch, 1, **like), torch.tensor(self.eos_ids, **like)
         weights = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
-        self._converted = {name: p.to(self.dtype) for name, p in weights.items() if p.dtype != self.dtype}
+        self._converted = {k: p.to(self.dtype) for k, p in weights.items() if p.dtype != self.dtype}
         self._generator, self._pointers = torch.Generator(self.device), []
         self._captured: dict[tuple, torch.cuda.CUDAGraph] = {}
         self._pool: tuple[int, int] | None = None
 
     @torch.no_grad()
     def generate(
-        self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int | None = None, temperature: float = 1.0,
+        self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int = 0, temperature: float = 1.0,
         top_k: int = 0, top_p: float = 1.0, generator: torch.Generator | None = None,
         position_ids: Tensor | None = None, **inputs: Tensor,
     ) -> Rollout:  # fmt: skip
@@ -193,7 +198,8 @@ class Decoder:
     def _forward(self, ids: Tensor, mask: Tensor | None, positions: Tensor, inputs: dict) -> Tensor:
         arguments = dict(inputs, input_ids=ids, attention_mask=mask, position_ids=positions)
         arguments |= dict(past_key_values=self._cache, use_cache=True, logits_to_keep=1)
-        return torch.func.functional_call(self.model, self._converted, (), arguments).logits[:, -1].float()
+        function = _compiled() if self.compile and self._window.slot is not None else _logits
+        return function(self.model, self._converted, arguments)
 
     def _prefill(self, full: bool, sampler: tuple, position_ids: Tensor | None, inputs: dict) -> None:
         """Run the prompts, fill the cache, start masks and positions, sample the first token."""
@@ -225,10 +231,10 @@ class Decoder:
         self._pick(self._forward(token, self._mask[..., :visible], self._position, {}), sampler)
 
     def _pick(self, logits: Tensor, sampler: tuple) -> None:
-        """Sample from logits (batch, vocab) by Gumbel's trick, argmax(logits - log E), E ~ Exp(1); advance."""
+        """Sample from logits (batch, vocab) by Gumbel's trick, argmax(logits - log Exp(1)), and advance."""
         temperature, top_k, top_p = sampler
         if temperature > 0:
-            logits = logits / temperature
+            logits = logits / temperature if temperature != 1 else logits
             logits = TopKLogitsWarper(top_k)(None, logits) if top_k else logits
             logits = TopPLogitsWarper(top_p)(None, logits) if top_p < 1 else logits
             logits = logits - torch.empty_like(logits).exponential_(generator=self._generator).log_()
@@ -241,8 +247,8 @@ class Decoder:
     def _run(self, key: tuple, function: Callable[[], None], special: bool = False) -> None:
         """Call `function`; on a GPU replay its graph, or call it and capture it for the next time.
 
-        Capturing records kernels without running them and all state is in tensors: the call that warms up is an
-        ordinary step, nothing is thrown away.
+        Capturing records kernels without running them and all state is in tensors: the call that warms up is
+        an ordinary step, nothing is thrown away.
         """
         if special or not self.graphs:
             return function()
@@ -268,8 +274,8 @@ class Decoder:
         pointers = [p.data_ptr() for p in live.values()]
         if pointers != self._pointers:  # a weight was replaced, not changed in place: the graphs read the old
             self._captured, self._pointers = {}, pointers
-        training = [module for module in modules if module.training]
-        norms = [module for module in modules if self.graphs and _is_rms_norm(module)]
+        fuse, training = self.graphs and not self.compile, [module for module in modules if module.training]
+        norms = [module for module in modules if fuse and _is_rms_norm(module)]
         for module in training:
             module.training = False
         for norm in norms:
@@ -282,6 +288,17 @@ class Decoder:
                 module.training = True
             for norm in norms:
                 del norm.forward
+
+
+def _logits(model: torch.nn.Module, weights: dict[str, Tensor], arguments: dict) -> Tensor:
+    return torch.func.functional_call(model, weights, (), arguments).logits[:, -1].float()
+
+
+@functools.cache
+def _compiled() -> Callable[..., Tensor]:
+    """`_logits`, compiled: one function for all models, so that a second model of the same shape costs nothing."""
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    return torch.compile(_logits, fullgraph=True, dynamic=False)
 
 
 def _is_rms_norm(module: torch.nn.Module) -> bool:
@@ -297,8 +314,8 @@ def sample(
 ) -> Rollout:  # fmt: skip
     """Sample `num_return_sequences` continuations of each prompt, at most `max_new_tokens` long.
 
-    A `decoder` lends its captured graphs; more prompts than it holds are taken in rounds. Raises ValueError if
-    it was made for another model, end, padding or num_return_sequences.
+    A `decoder` lends its captured graphs; more prompts than it holds are taken in rounds. Raises ValueError
+    if it was made for another model, end, padding or num_return_sequences.
     """
     made = dict(eos_id=eos_id, pad_id=pad_id, num_return_sequences=num_return_sequences)
     if decoder is None:
