@@ -294,7 +294,7 @@ def test_a_larger_margin_never_helps_a_difference_and_always_helps_a_guard(value
     assert all(a <= b for a, b in rank)
 
 
-# ---- simulation: what the intervals and verdicts promise. Bounds are the promise ± 4 binomial standard errors.
+# ---- simulation: what intervals and verdicts promise. Bounds: the promise ± 4 binomial standard errors.
 
 
 def within(hits, trials, low, high):

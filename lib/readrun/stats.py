@@ -1,8 +1,8 @@
 """From measured numbers to verdicts. Every verdict reads one 95 % interval that the reader can check by eye.
 
-seed           Student's t over paired seeds (ratios: on logs); seeds that one arm lacks are named and left out
-item, cluster  paired bootstrap of items or whole clusters (BCa, 9,999 resamples, fixed generator); of fewer than
-               30, Student's t on linearised contributions, because a bootstrap of few is too narrow; yes/no
+seed           Student's t over paired seeds (ratios: on logs); seeds that one arm lacks are left out, named
+item, cluster  paired bootstrap of items or whole clusters (BCa, 9,999 resamples, fixed generator); of fewer
+               than 30, Student's t on linearised contributions (a bootstrap of few is too narrow); yes/no
                items with few events: Clopper-Pearson (one arm), Agresti-Min (paired), honest near 0 and 1
 exact          no sampling: the number itself, or the range of several (all of them must keep the rule)
 """
@@ -127,8 +127,8 @@ def _simple(rule: Rule, metrics: dict, arrays: dict) -> Verdict:
             one = stdtr(freedom, -stdtrit(freedom, (1 + LEVEL) / 2) * room / half) if half else room < 0
             p = max(p or 0.0, min(1.0, 2 * float(one)))
     word = "reported" if rule.form == "reported" else word
-    back = [v if v is None else math.exp(v) if rule.log else float(v) for v in (effect, low, high)]
-    return Verdict(word, *back, n, over, method, note, p)
+    e, lo, hi = (v if v is None else math.exp(v) if rule.log else float(v) for v in (effect, low, high))
+    return Verdict(word, e, lo, hi, n, over, method, note, p)
 
 
 def _count(claim: Claim, results: list[Verdict]) -> Verdict:
@@ -169,8 +169,9 @@ def paired(rule: Rule, metrics: dict, arrays: dict) -> tuple[Any, Any, Any, str]
     ids = [arrays.get(f"seeds/{rule.metric}/{name}") for name in names]
     rows, note = [np.arange(len(c)) for c in columns], ""
     if len(names) == 2 and all(i is not None for i in ids):
-        common, *rows = np.intersect1d(*ids, return_indices=True)
-        if lost := sorted(set(ids[0].tolist()) ^ set(ids[1].tolist())):
+        mine, other = (np.asarray(i) for i in ids)
+        common, *rows = np.intersect1d(mine, other, return_indices=True)
+        if lost := sorted(set(mine.tolist()) ^ set(other.tolist())):
             note = f"left out, because one arm lacks them: {rule.over} {', '.join(map(str, lost))}"
         if not len(common):
             return None, None, None, f"{' and '.join(names)} have no {rule.over} in common"
@@ -192,7 +193,7 @@ def paired(rule: Rule, metrics: dict, arrays: dict) -> tuple[Any, Any, Any, str]
     return x, y, labels, note
 
 
-def estimate(x: np.ndarray, y: np.ndarray | None, over: str, log: bool, labels: Any = None) -> tuple:
+def estimate(x: np.ndarray, y: Any, over: str, log: bool, labels: Any = None) -> tuple:
     """(effect, low, high, n, method): mean of x (minus y, or log of the ratio) with its 95 % interval.
 
     low and high are None where one value allows no interval, and for a single exact number.
