@@ -236,7 +236,8 @@ def compare(args: argparse.Namespace) -> int:
     from readrun import execute, records
 
     folder = args.folder or execute.run_folder(args.slug, args.profile, args.seed, args.seeds)
-    print(records.compare(args.slug, folder))
+    for row in records.compare(args.slug, folder):
+        print("  ".join(f"{name}: {value}" for name, value in row.items() if value))
     return 0
 
 
