@@ -443,6 +443,23 @@ def test_a_marginal_result_does_not_survive_holm(book):
     assert {row["id"] for row in rows if not row["survives"]} == {"c1-shorter"}  # 0.04 > 0.05 / 2
 
 
+def test_a_notebook_run_saves_its_results_with_the_provenance_of_its_units(book):
+    import readrun
+
+    run = readrun.start("tiny", profile="smoke", out=str(book / "out"))
+    run.settings(**{p: {"seeds": 3} for p in ("smoke", "cpu", "gpu")})
+
+    def measure(seed):
+        return {"ours": 20.0 + seed % 2, "base": 40.0 + seed}
+
+    found = [run.unit(measure, seed=s) for s in run.seeds]
+    tokens = {arm: {u.arguments["seed"]: u[arm] for u in found} for arm in ("ours", "base")}
+    here = run.results(metrics={"tokens": tokens})
+    assert here.claims["c1-shorter"]["verdict"] == "reproduced" and here.claims["c1-shorter"]["n"] == 3
+    assert here.device and here.versions["python"] and here.peak_ram_gib > 0 and not here.stale
+    assert records.from_folder(book / "out").nonce == here.nonce and run.recorded() is None
+
+
 def test_importing_the_package_does_not_import_this(book):
     code = "import sys, readrun; print({'pydantic', 'scipy', 'readrun.records'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -167,9 +167,15 @@ def test_lists_of_seeds_pair_by_position_and_items_must_pair():
 
 
 def test_a_ratio_of_values_that_are_not_positive_is_refused():
-    for ours in ([-1.0, 2.0, 3.0], [0.0, 2.0, 3.0]):
+    for ours, over in [
+        ([-1.0, 9.0, 9.0], "item"),
+        ([0.0, 2.0, 3.0], "seed"),
+        ([0.0], "exact"),
+        ([0.0] * 3, "item"),
+    ]:
         with pytest.raises(ValueError, match="m: a ratio needs positive values"):
-            judge(RULES["ratio"], ours, [1.0, 1.0, 1.0])
+            judge(RULES["ratio"], ours, [1.0] * len(ours), over=over)
+    assert judge(RULES["ratio"], [0.0, 6.0, 9.0], [1.0] * 3, over="item").effect == pytest.approx(5)
 
 
 def test_clusters_need_labels_and_widen_the_interval():
@@ -196,9 +202,12 @@ def test_gates_void_and_guards_weaken():
     ours, base = around(-5, 1), [0.0] * 3
     held = judge(RULES["lower"], ours, base, others={"c2-g": yes}, requires=["c2-g"], gates=["c2-g"])
     assert held.verdict == "reproduced" and held.p >= 0.01  # a conjunction is as sure as its weakest part
+    sure = judge(RULES["lower"], [-5.0] * 3, base, others={"c2-g": yes}, requires=["c2-g"])
+    assert sure.p == 0.01
     weak = judge(RULES["lower"], ours, base, others={"c2-g": no}, requires=["c2-g"])
     assert weak.verdict == "weaker" and "not met: c2-g is inconclusive" in weak.note
     void = judge(RULES["lower"], ours, base, others={"c2-g": no}, gates=["c2-g"])
+    assert void.p is None  # nothing was tested
     assert void.verdict == "void" and "gate failed: c2-g is inconclusive" in void.note
     for word in ("weaker", "contradicted", "void", "not_run"):
         other = {"c2-g": stats.Verdict(word)}

@@ -25,7 +25,7 @@ import numpy as np
 from pydantic import ConfigDict, FiniteFloat, TypeAdapter, ValidationError, with_config
 from typing_extensions import TypedDict  # typing's has what pydantic needs from Python 3.12 on
 
-from readrun import claims, content, paths, stats
+from readrun import claims, content, paths, stats, units
 
 NPZ_BYTES = 500_000
 RUBRIC = "The rubric score joins with the chapter `paperbench`, whose own code grades this book."
@@ -90,38 +90,26 @@ def save_results(run: Any, metrics: Mapping, arrays: Mapping | None = None) -> R
     values, kept = normalised(metrics, arrays or {})
     verdicts, rules = judge(run.slug, values, kept)
     meta = sorted((u.meta for u in run.units if u.done), key=lambda m: m["recorded"])
-    last = meta[-1] if meta else _about(run)
+    here: dict[str, Any] = {
+        "device": units.device_name(run.device),
+        "versions": units.versions(),
+        "commit": units.commit(),
+    }
+    last = meta[-1] if meta else here
     ram, gpu = (max((m[f"peak_{k}_gib"] or 0 for m in meta), default=0) or None for k in ("ram", "gpu"))
     record: Record = {
-        "schema": 1,
-        "slug": run.slug,
-        "profile": run.profile,
+        "schema": 1, "slug": run.slug, "profile": run.profile,
         "parameters": {k: v for k, v in run.parameters.items() if k not in ("only", "out", "device")},
-        "metrics": values,
-        "claims": verdicts,
-        "seconds": round(sum(m["seconds"] for m in meta), 3),
-        "render_seconds": round(run.render_seconds, 3),
-        "peak_ram_gib": ram,
-        "peak_gpu_gib": gpu,
+        "metrics": values, "claims": verdicts, "seconds": round(sum(m["seconds"] for m in meta), 3),
+        "render_seconds": round(run.render_seconds, 3), "peak_ram_gib": ram, "peak_gpu_gib": gpu,
         "device": " + ".join(sorted({m["device"] for m in meta or [last]})),
-        "versions": {k: v for m in [*meta, last] for k, v in m["versions"].items()},
-        "commit": last["commit"],
-        "code_sha256": run.code_sha256,
-        "claims_sha256": rules,
-        "arrays_sha256": "",
-        "nonce": secrets.token_hex(16),
-        "recorded": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
+        "versions": {k: v for m in [*meta, last] for k, v in m["versions"].items()}, "commit": last["commit"],
+        "code_sha256": run.code_sha256, "claims_sha256": rules, "arrays_sha256": "",
+        "nonce": secrets.token_hex(16), "recorded": datetime.now(UTC).isoformat(timespec="seconds"),
+    }  # fmt: skip
     results = Results(record, kept)
     _save(results, run.folder / "results.json", run.folder / "results.npz")
     return results
-
-
-def _about(run: Any) -> dict[str, Any]:
-    """Provenance of a run that has no unit."""
-    from readrun import units
-
-    return {"device": units.device_name(run.device), "versions": units.versions(), "commit": units.commit()}
 
 
 def normalised(metrics: Mapping, arrays: Mapping) -> tuple[dict, dict[str, np.ndarray]]:

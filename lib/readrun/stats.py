@@ -68,9 +68,9 @@ def verdict(claim: Claim, metrics: dict, others: dict[str, Verdict], arrays: dic
     )
     word = "void" if failed else "weaker" if missed and own.verdict == "reproduced" else own.verdict
     notes = [own.note, *(f"not met: {m}" for m in missed), *(f"gate failed: {f}" for f in failed)]
-    p = own.p and max(
-        [own.p, *(others[i].p or 0.0 for i in claim.requires)]
-    )  # a conjunction: the weakest part
+    p = None  # of void: it tests nothing; with guards: that of the weakest part of the conjunction
+    if own.p is not None and not failed:
+        p = max([own.p, *(others[i].p or 0.0 for i in claim.requires)])
     return replace(own, verdict=word, note="; ".join(filter(None, notes)), p=p)
 
 
@@ -82,13 +82,10 @@ def needs(rule: Rule) -> list[tuple[int, float]]:
     if rule.form in ("equal", "equivalence"):
         centre, width = (rule.value or 0.0, rule.tolerance) if rule.form == "equal" else (0.0, margin)
         return [(1, centre - width), (-1, centre + width)]
-    at = {
-        "difference": sign * margin,
-        "ratio": sign * margin,
-        "bound": rule.bound,
-        "not_worse": -sign * margin,
-    }
-    return [(sign, float(at[rule.form] or 0.0))] if rule.form in at else []
+    if rule.form == "reported":
+        return []
+    at = {"bound": rule.bound or 0.0, "not_worse": -sign * margin}.get(rule.form, sign * margin)
+    return [(sign, at)]
 
 
 def decide(rule: Rule, low: float, high: float) -> str:
@@ -109,14 +106,13 @@ def _simple(rule: Rule, metrics: dict, arrays: dict) -> Verdict:
     x, y, labels, note = paired(rule, metrics, arrays)
     if x is None:
         return Verdict("not_run", over=over, note=note)
-    if rule.log and (
-        min(x.min(), y.min()) < 0 or min(x.mean(), y.mean()) <= 0 or over == "seed" and not (x * y).all()
-    ):
+    least = np.min if over in ("seed", "exact") else np.mean  # single items may be 0, their mean may not
+    if rule.log and (min(x.min(), y.min()) < 0 or min(least(x), least(y)) <= 0):
         raise ValueError(f"{rule.metric}: a ratio needs positive values")
     effect, low, high, n, method = estimate(x, y, over, rule.log, labels)
     sampled, p = low is not None and over != "exact", None
     if over != "exact" and not sampled:
-        word, note = "inconclusive", f"one {over} has no interval"
+        word, note = "inconclusive", f"{note}; one {over} has no interval".lstrip("; ")
     else:
         word = decide(rule, *((effect, effect) if low is None else (low, high)))
     if sampled:
@@ -136,15 +132,8 @@ def _count(claim: Claim, results: list[Verdict]) -> Verdict:
     k, n, words = claim.rule.k or 0, len(results), [r.verdict for r in results]
     held, weak, lost = (words.count(w) for w in ("reproduced", "weaker", "not_run"))
     possible = n - words.count("contradicted")
-    word = (
-        "reproduced"
-        if held >= k
-        else "contradicted"
-        if possible < k
-        else "not_run"
-        if lost
-        else "inconclusive"
-    )
+    word = "contradicted" if possible < k else "not_run" if lost else "inconclusive"
+    word = "reproduced" if held >= k else word
     word = "weaker" if word == "inconclusive" and held + weak >= k else word
     ps = sorted(r.p for r in results if r.p is not None)
     p = (
