@@ -48,7 +48,7 @@ def snakemake(folders: Sequence[Path], args: argparse.Namespace) -> None:
     profile = Path(args.workflow) if "/" in args.workflow else top / "profiles" / args.workflow
     command = [sys.executable, "-m", "snakemake", "--snakefile", str(top / "Snakefile"), "--profile", str(profile)]
     # our lock replaces Snakemake's, which outlives a kill; --rerun-incomplete takes up what a kill cut off
-    command += ["--directory", str(paths.root()), "--nolock", "--rerun-incomplete", "--keep-going"]
+    command += ["--directory", str(paths.root()), "--nolock", "--rerun-incomplete", "--keep-going", "--scheduler", "greedy"]
     command += ["--cores", str(args.jobs)] if args.jobs else []
     command += ["--config", f"build={paths.build()}", "--", *(str(folder / "status.json") for folder in folders)]
     subprocess.run(command, preexec_fn=kernel.die_with_parent)

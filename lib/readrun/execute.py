@@ -130,9 +130,9 @@ def _where(executed: Path, error: BaseException, cells: list[Any]) -> dict[str, 
     if source is None:
         try:
             done = json.loads(executed.read_text(encoding="utf-8"))["cells"]
-            running = [c for c in done if c["metadata"].get("papermill", {}).get("status") in ("running", "failed")]
-            source = "".join(running[-1]["source"]) if running else None
-        except (OSError, ValueError):
+            begun = [c for c in done if c["cell_type"] == "code" and c["metadata"]["papermill"]["start_time"]]
+            source = "".join(begun[-1]["source"]) if begun else None
+        except (OSError, ValueError, KeyError):  # nothing ran, or the disk was full
             source = None
     numbers = [i for i, cell in enumerate(cells, 1) if cell.source == source]
     return {"cell": numbers[0] if numbers else None, "source": (source or "")[:400]}
