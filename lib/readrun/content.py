@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ def split_percent(text: str) -> tuple[Cell, ...]:
     if any(line.strip() for line in lines[start : marks[0] if marks else None]):
         marks.insert(0, start - 1)  # code before the first marker is a cell too
     found = []
-    for mark, end in zip(marks, [*marks[1:], len(lines)], strict=True):
+    for mark, end in pairwise([*marks, len(lines)]):
         head, body, first = lines[mark] if mark >= start else "", lines[mark + 1 : end], mark + 2
         while body and not body[-1].strip():
             body.pop()
@@ -112,19 +113,20 @@ def canonical(node: Any, profile: str = "") -> str:
     parts = []
     for name in node._fields:
         value = getattr(node, name, None)
+        if isinstance(node, ast.JoinedStr):  # Python 3.12 ends format specifications with an empty text
+            value = [v for v in node.values if getattr(v, "value", None) != ""]
         if value is None or value == [] or name in ("ctx", "kind", "type_comment", "type_ignores"):
             continue
-        if name == "body" and isinstance(node, (*DEFINITIONS, ast.Module)) and _is_text(value[0]):
+        if name == "body" and isinstance(node, (*DEFINITIONS, ast.Module)) and is_text(value[0]):
             value = value[1:]
-        elif (
-            name == "keywords" and profile and getattr(getattr(node, "func", None), "attr", "") == "settings"
-        ):
+        elif name == "keywords" and profile and isinstance(node, ast.Call) and call_name(node) == "settings":
             value = [k for k in value if k.arg not in PROFILES or k.arg == profile]
         parts.append(f"{name}={canonical(value, profile)}")
     return f"{type(node).__name__}({','.join(parts)})"
 
 
-def _is_text(node: ast.stmt) -> bool:
+def is_text(node: ast.stmt) -> bool:
+    """Nothing but a string: a docstring, or a magic."""
     return isinstance(node, ast.Expr) and isinstance(getattr(node.value, "value", None), str)
 
 
@@ -156,8 +158,8 @@ def _scope(nodes: tuple[ast.AST, ...], deferred: bool) -> tuple[frozenset[str], 
                 binds.add(node.asname or node.name.split(".")[0])
             elif isinstance(node, ast.arg):
                 binds.add(node.arg)
-            elif getattr(node, "name", None):  # except … as name, case … as name
-                binds.add(str(getattr(node, "name", "")))
+            else:  # except … as name, case … as name, case {**rest}
+                binds |= {getattr(node, "name", None), getattr(node, "rest", None)} - {None}
             todo += children
     return frozenset(reads), frozenset(binds)
 
@@ -327,7 +329,7 @@ def default_parameters(slug: str) -> dict[str, Any]:
 def key_parameters(slug: str, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The parameters on which a chapter's results depend: profile, checkpoint, its own; with defaults."""
     values = default_parameters(slug)
-    values |= {k: v for k, v in (given or {}).items() if k in values or not values}
+    values |= {k: v for k, v in (given or {}).items() if not values or k in (*values, "profile", "checkpoint")}
     values["profile"] = values.get("profile") or os.environ.get("READRUN_PROFILE") or "cpu"
     local = Path(values.setdefault("checkpoint", "")).expanduser()
     if (

@@ -222,6 +222,7 @@ def start(
     run = Run(slug, given | own, _device(device, profile, only))
     import numpy as np
 
+    seed = given["seed"]
     random.seed(seed)
     np.random.seed(seed % 2**32)
     if "torch" in sys.modules:
