@@ -43,9 +43,9 @@ def time(
 ) -> Timing:  # fmt: skip
     """Time `fn(*arguments)` with the next of `inputs` at every call.
 
-    On a GPU (device None: if this process has used one) each call stands between two events. graph=True captures
-    one pass over all inputs in a CUDA graph: a sample is then a replay's mean, free of the launch gaps that hide
-    the time of small kernels. On a CPU the wall clock is read and `graph` changes nothing.
+    On a GPU (device None: if this process has used one) each call stands between two events. graph=True
+    captures one pass over all inputs in a CUDA graph: a sample is then the mean over a replay, without the
+    launch gaps that hide the time of small kernels. On a CPU the wall clock is read; `graph` changes nothing.
     Raises ValueError without inputs, for warmup < 1 (a first call compiles and allocates) or repeat < 3.
     """
     if not inputs or warmup < 1 or repeat < 3:
@@ -77,8 +77,8 @@ def time(
             end.record()
         torch.cuda.synchronize()
         samples = [start.elapsed_time(end) / (len(inputs) if graph else 1) for start, end in marks]
-    thirds = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
-    low, median, high = torch.tensor(samples, dtype=torch.float64).quantile(thirds).tolist()
+    quartiles = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
+    low, median, high = torch.tensor(samples, dtype=torch.float64).quantile(quartiles).tolist()
     return Timing(median, low, high, repeat)
 
 
@@ -121,7 +121,7 @@ def peak_memory(fn: Callable[[], object], device: str | torch.device | None = No
     return int(torch.tensor(changes).cumsum(0).max())
 
 
-def random_model(cls: type, config: object, dtype: torch.dtype, device: str | torch.device) -> torch.nn.Module:
+def random_model(cls: type, config: object, dtype: torch.dtype, device: str) -> torch.nn.Module:
     """Build a model of real dimensions with random weights, at once on `device` and in `dtype`.
 
     config: a `transformers` configuration, or a dict of keyword arguments (`diffusers`). Weights are
@@ -145,10 +145,10 @@ def row(
     name: str, ms: Timing | float | None, unit: str, *, work: float | None = None,
     achieved: float | None = None, limit: float | None = None, peer: float | None = None,
 ) -> dict[str, str | float | None]:  # fmt: skip
-    """One line of a performance table: {name, ms, achieved, limit, peer, ratio, unit}, ratio = achieved / peer.
+    """One line of a performance table, {name, ms, achieved, limit, peer, ratio, unit}.
 
-    achieved, limit and peer are in `unit`. Instead of `achieved` give the `work` of one call, which is divided by
-    its seconds (GB for "GB/s", TFLOP for "TFLOP/s", tokens for "tokens/s"). Raises ValueError for both or none.
+    achieved, limit and peer are in `unit`, ratio is achieved / peer. Instead of `achieved` give the `work`
+    of one call, which is divided by its seconds (GB for "GB/s"). Raises ValueError for both or neither.
     """
     ms = ms.median_ms if isinstance(ms, Timing) else ms
     if (work is None) == (achieved is None) or (achieved is None and not ms):

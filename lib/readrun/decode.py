@@ -107,7 +107,8 @@ class Decoder:
     graphs: capture CUDA graphs; None: if the model is on a GPU
     bucket: attention reads the used slots rounded up to a multiple of this; each multiple has a graph; 0: 64,
         or all slots if compile
-    compile: fuse the step with torch.compile first; takes a C compiler and some 20 s, once per process and shape
+    compile: fuse the step by torch.compile first: a third faster for small models, but it takes a C compiler
+        and ten seconds or more, once per process, shape and architecture
     Raises ValueError for sizes that do not fit each other or the model.
     """
 
@@ -132,7 +133,7 @@ class Decoder:
         self.model, self.batch, self.prompt_len, self.pad_id = model, batch, prompt_len, pad_id
         self.max_new_tokens, self.num_return_sequences = max_new_tokens, num_return_sequences
         self.compile, self.bucket = compile, bucket or (total if compile else 64)
-        self.eos_ids = (eos_id,) if isinstance(eos_id, int) else tuple(eos_id)
+        self.eos_ids = _tokens(eos_id)
         weight, self.vocab_size = next(model.parameters()), config.vocab_size
         self.device, self.dtype = weight.device, dtype or weight.dtype
         self.graphs = self.device.type == "cuda" if graphs is None else graphs
@@ -167,7 +168,7 @@ class Decoder:
         """
         count, budget = len(prompts), max_new_tokens or self.max_new_tokens
         room, rows = len(self._prompt), count * self.num_return_sequences
-        if not 1 <= count <= room or budget > self.max_new_tokens:
+        if not 1 <= count <= room or not 1 <= budget <= self.max_new_tokens:
             raise ValueError(f"{count} prompts, {budget} tokens: made for {room}, {self.max_new_tokens}")
         if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
             raise ValueError("sampling needs temperature >= 0, top_k >= 0 and 0 < top_p <= 1")
@@ -290,19 +291,23 @@ class Decoder:
                 del norm.forward
 
 
+def _tokens(ids: int | Sequence[int]) -> tuple[int, ...]:
+    return tuple(int(i) for i in ids) if isinstance(ids, Sequence) else (int(ids),)
+
+
 def _logits(model: torch.nn.Module, weights: dict[str, Tensor], arguments: dict) -> Tensor:
     return torch.func.functional_call(model, weights, (), arguments).logits[:, -1].float()
 
 
 @functools.cache
 def _compiled() -> Callable[..., Tensor]:
-    """`_logits`, compiled: one function for all models, so that a second model of the same shape costs nothing."""
+    """`_logits` compiled, one function for all models: a second model of the same shape costs nothing."""
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     return torch.compile(_logits, fullgraph=True, dynamic=False)
 
 
 def _is_rms_norm(module: torch.nn.Module) -> bool:
-    """Whether this is Llama's norm (Gemma's scales by 1 + weight and lacks the field), not replaced already."""
+    """Whether this is Llama's norm (Gemma's scales by 1 + weight and lacks the field), not yet replaced."""
     named = type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon")
     return named and "forward" not in vars(module)
 
@@ -321,9 +326,8 @@ def sample(
     if decoder is None:
         width = left_pad(prompts, pad_id)[0].shape[1]
         decoder = Decoder(model, len(prompts) * num_return_sequences, width, max_new_tokens, **made)
-    ends = (eos_id,) if isinstance(eos_id, int) else tuple(eos_id)
     theirs = (decoder.model, decoder.eos_ids, decoder.pad_id, decoder.num_return_sequences)
-    if (model, ends, pad_id, num_return_sequences) != theirs:
+    if (model, _tokens(eos_id), pad_id, num_return_sequences) != theirs:
         raise ValueError(f"the decoder was made for another model or for other than {made}")
     options = dict(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k)
     size = decoder.batch // num_return_sequences
