@@ -1,4 +1,4 @@
-"""The book as a reader gets it, in a folder of its own: this checkout's pages and chapters, and one from the template.
+"""The book as a reader gets it, in a folder of its own: this checkout, and one chapter made by the template.
 
 Built once per test session, also when several workers ask for it.
 """
@@ -30,7 +30,7 @@ STEPS = (
 
 
 class Site:
-    """`root`: the book's folder; `html`: its pages; `log`: {command: [exit code, output]} of what built it."""
+    """`root`: the book's folder; `html`: its pages; `log`: {command: [exit code, output]} of the build."""
 
     def __init__(self, root: Path) -> None:
         self.root, self.html = root, root / "book" / "_build" / "html"

@@ -23,7 +23,9 @@ CONTRAST = Path(__file__).with_name("contrast.js").read_text()
 
 def chromium() -> str | None:
     named = os.environ.get("READRUN_CHROMIUM")
-    return named or next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    return named or next(
+        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+    )
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
@@ -32,11 +34,13 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
 
 
 class Reader:
-    """A browser on the site; `heard` collects requests to other hosts, failed requests and console messages."""
+    """A browser on the site; `heard` collects requests to other hosts, failed ones, console messages."""
 
     def __init__(self, browser: Any, root: Path, address: str) -> None:
         self.browser, self.address, self.heard = browser, address, []
-        self.pages = sorted(p.relative_to(root).as_posix() for p in root.rglob("*.html") if "_static" not in p.parts)
+        self.pages = sorted(
+            p.relative_to(root).as_posix() for p in root.rglob("*.html") if "_static" not in p.parts
+        )
 
     def open(self, page: str = "", theme: str = "", **context: Any) -> Any:
         made = self.browser.new_context(**({"viewport": {"width": 1280, "height": 900}} | context))
@@ -66,7 +70,9 @@ class Reader:
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Site:
     if not chromium():
-        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)("no Chromium: the pages were not looked at")
+        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(
+            "no Chromium: the pages were not looked at"
+        )
     made = site(tmp_path_factory)
     code, output = list(made.log.values())[-1]
     assert code == 0, output[-4000:]
@@ -129,8 +135,9 @@ def test_pages_are_complete_math_is_typeset_and_pictures_are_there(reader: Reade
         assert not broken, (page, broken)
         pictures += tab.evaluate("document.querySelectorAll('.bd-article img').length")
         other = tab.evaluate(
-            """[...document.querySelectorAll('script[src], link[href]:not([rel=canonical]), img, iframe, source')]
-               .map(e => e.src || e.href).filter(u => u && !u.startsWith(location.origin) && !/^(data|blob):/.test(u))"""
+            """[...document.querySelectorAll('script[src], link[href], img, iframe, source')]
+               .map(e => e.src || e.href)
+               .filter(u => u && !u.startsWith(location.origin) && !/^(data|blob):/.test(u))"""
         )
         assert not other, (page, other)
         tab.context.close()
@@ -146,7 +153,10 @@ def test_a_page_opened_from_the_disk_has_its_math(made: Site, reader: Reader) ->
 def words(notebook: Path) -> Counter:
     cells = json.loads(notebook.read_text())["cells"]
     prose = " ".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown")
-    return Counter(w.lower() for w in re.findall(r"(?<![\w{`$\\/-])[A-Za-z]{7,}(?![\w`(}])", re.sub(r"\$[^$]*\$", "", prose)))
+    return Counter(
+        w.lower()
+        for w in re.findall(r"(?<![\w{`$\\/-])[A-Za-z]{7,}(?![\w`(}])", re.sub(r"\$[^$]*\$", "", prose))
+    )
 
 
 def test_search_finds_a_word_of_each_chapter(made: Site, reader: Reader) -> None:
@@ -163,7 +173,10 @@ def test_search_finds_a_word_of_each_chapter(made: Site, reader: Reader) -> None
 def test_picker_is_worked_by_keyboard(reader: Reader) -> None:
     tab = reader.open(f"chapters/{SLUG}.html")
     picker = tab.locator(".rr-picker").first
-    shown = lambda: tab.evaluate("[...document.querySelectorAll('.rr-state')].filter(s => !s.hidden).map(s => s.dataset.state)")  # noqa: E731, E501
+
+    def shown() -> list[str]:
+        return picker.locator(".rr-state:not([hidden])").evaluate_all("all => all.map(s => s.dataset.state)")
+
     assert shown() == ["0-0"]
     picker.locator("input").first.focus()
     tab.keyboard.press("ArrowRight")
@@ -173,19 +186,30 @@ def test_picker_is_worked_by_keyboard(reader: Reader) -> None:
     tab.keyboard.press("ArrowDown")
     assert shown() == ["1-2"]
     assert "bowl" in picker.locator(".rr-live").text_content()
-    assert picker.locator(".rr-state:visible img").evaluate("async i => { await i.decode(); return i.naturalWidth }") > 300
+    assert (
+        picker.locator(".rr-state:visible img").evaluate(
+            "async i => { await i.decode(); return i.naturalWidth }"
+        )
+        > 300
+    )
 
 
 def test_without_scripts_the_picker_is_a_list(reader: Reader) -> None:
     tab = reader.open(f"chapters/{SLUG}.html", java_script_enabled=False)
-    assert tab.locator(".rr-picker .rr-state").count() == tab.locator(".rr-picker .rr-state:visible").count() == 6
+    assert (
+        tab.locator(".rr-picker .rr-state").count()
+        == tab.locator(".rr-picker .rr-state:visible").count()
+        == 6
+    )
     assert tab.locator(".rr-controls:visible").count() == 0
 
 
 def test_chapters_offer_their_notebook_and_fold_long_code(made: Site, reader: Reader) -> None:
     for page in [p for p in reader.pages if p.startswith("chapters/")]:
         tab = reader.open(page)
-        link = tab.locator("a.btn-download-source-button, a.btn-download-notebook-button").first.get_attribute("href")
+        link = tab.locator(
+            "a.btn-download-source-button, a.btn-download-notebook-button"
+        ).first.get_attribute("href")
         assert link.endswith(".ipynb") and (made.html / "chapters" / link).resolve().is_file()
         assert tab.locator("button.copybtn").count() > 0
         tall = tab.evaluate(
@@ -201,8 +225,9 @@ def test_no_sideways_scroll_on_a_phone(reader: Reader) -> None:
         tab = reader.open(page, viewport={"width": 390, "height": 844}, has_touch=True)
         tab.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
         width = tab.evaluate("document.documentElement.scrollWidth")
-        assert width <= 390, (page, width, tab.evaluate("wide => [...document.querySelectorAll('.bd-main *')].filter("
-                              "e => e.getBoundingClientRect().right > 391).slice(0, 5).map(e => e.outerHTML.slice(0, 120))"))  # fmt: skip
+        wide = """[...document.querySelectorAll('.bd-main *')].map(e => [e.getBoundingClientRect().right, e])
+                  .filter(([right]) => right > 391).slice(0, 5).map(([, e]) => e.outerHTML.slice(0, 120))"""
+        assert width <= 390, (page, width, tab.evaluate(wide))
         tab.context.close()
 
 

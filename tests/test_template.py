@@ -1,4 +1,4 @@
-"""A chapter made by the template goes through the whole machine: nothing in it is special to the first chapter."""
+"""A chapter from the template goes through the whole machine: nothing there is special to the first one."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ import re
 from pathlib import Path
 
 import pytest
-from site_book import CHECKOUT, SLUG, STEPS, Site, site
-
 from readrun import new
+from site_book import CHECKOUT, SLUG, STEPS, Site, site
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +59,12 @@ def test_it_keeps_the_contract_of_chapters(made: Site) -> None:
     """All but the planted faults and the list of the 22 papers, which a new chapter's author adds."""
     contract = str(CHECKOUT / "tests" / "test_contract_chapters.py")
     chosen = f"{SLUG} and not mutants and not listed"
-    done = made.run("-q", contract, "-k", chosen, "-p", "no:cacheprovider", "--rootdir", str(made.root), module="pytest")
-    assert done.returncode == 0 and " passed" in done.stdout and "skipped" not in done.stdout, done.stdout[-3000:]
+    done = made.run(
+        "-q", contract, "-k", chosen, "-p", "no:cacheprovider", "--rootdir", str(made.root), module="pytest"
+    )
+    assert done.returncode == 0 and " passed" in done.stdout and "skipped" not in done.stdout, done.stdout[
+        -3000:
+    ]
 
 
 @pytest.mark.parametrize("profile", ["smoke", "cpu"])

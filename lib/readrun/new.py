@@ -9,7 +9,7 @@ from readrun import paths
 
 
 def create(slug: str) -> list[Path]:
-    """Write notebooks/<slug>.py, data/papers/<slug>.yml and tests/test_<slug>.py; ValueError if one is there."""
+    """Write a chapter's notebook script, paper file and tests; ValueError if one of them is there."""
     if not re.fullmatch(r"[a-z][a-z0-9_]*", slug):
         raise ValueError(f"slug: {slug!r}; accepted: lower-case letters, digits and underscores")
     top = paths.root()
