@@ -310,6 +310,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.with_parent:
         kernel.die_with_parent()
     try:
+        if unknown := set(getattr(args, "profile", "cpu").split()) - {"smoke", "cpu", "gpu"}:
+            raise ValueError(f"profile: {', '.join(sorted(unknown))}; accepted: smoke, cpu, gpu")
         return args.run(args)
     except ValueError as error:
         print(f"readrun: {error}", file=sys.stderr)

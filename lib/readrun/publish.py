@@ -178,21 +178,18 @@ def toc(text: str, parts: Mapping[str, str]) -> str:
     """
     import yaml
 
-    tree, seen, kept = yaml.safe_load(text), set(), []
-    groups = [*tree.get("parts", []), {"caption": "More", "part": None, "chapters": []}]
+    tree, more = yaml.safe_load(text), {"caption": "More", "chapters": []}
+    groups = [*tree.get("parts", []), more]
+    by_part = {group.pop("part", None): group for group in groups}
+    listed = {entry["file"] for group in groups for entry in group["chapters"]}
+    there = {f"chapters/{slug}": part for slug, part in parts.items()}
+    for file, part in there.items():
+        if file not in listed:
+            by_part.get(part or "?", more)["chapters"].append({"file": file})
     for group in groups:
-        for entry in group.get("chapters", []):
-            slug = str(entry.get("file", "")).removeprefix("chapters/")
-            seen |= {slug} if str(entry.get("file", "")).startswith("chapters/") else set()
-    named = {group.get("part") for group in groups}
-    for group in groups:
-        part = group.pop("part", "")
-        listed = [e for e in group.get("chapters") or [] if not str(e.get("file", "")).startswith("chapters/")
-                  or str(e["file"]).removeprefix("chapters/") in parts]  # fmt: skip
-        new = [s for s, p in parts.items() if s not in seen and (p == part or part is None and p not in named)]
-        group["chapters"] = listed + [{"file": f"chapters/{slug}"} for slug in new]
-        kept += [group] if group["chapters"] else []
-    return yaml.safe_dump(tree | {"parts": kept} if kept else tree, sort_keys=False, allow_unicode=True)
+        group["chapters"] = [e for e in group["chapters"] if e["file"] in there or not e["file"].startswith("chapters/")]
+    tree["parts"] = [group for group in groups if group["chapters"]]
+    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
 
 
 def _part(slug: str) -> str:
