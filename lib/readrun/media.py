@@ -73,7 +73,7 @@ def clip(run: Any, file: str, frames: Any = None, fps: float = 8, *, alt: str, c
         import cv2
 
         images = [np.asarray(pixels(frame)) for frame in frames]
-        size, codec = images[0].shape[1::-1], cv2.VideoWriter_fourcc(*"VP80")
+        size, codec = images[0].shape[1::-1], cv2.VideoWriter.fourcc(*"VP80")
         writer = cv2.VideoWriter(str(_path(run, file)), codec, fps, size)
         for image in images:
             writer.write(np.ascontiguousarray(image[..., ::-1]))

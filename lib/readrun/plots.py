@@ -20,10 +20,11 @@ LIMIT = 60_000  # bytes of one picture inside a notebook
 def style() -> None:
     """Set matplotlib's defaults for the book; call once, in the set-up cell."""
     import matplotlib as mpl
+    from cycler import cycler
 
     mpl.rcParams.update({
         "figure.figsize": (7.2, 3.8), "figure.dpi": 110, "figure.facecolor": "white",
-        "figure.constrained_layout.use": True, "axes.prop_cycle": mpl.cycler(color=PALETTE),
+        "figure.constrained_layout.use": True, "axes.prop_cycle": cycler(color=PALETTE),
         "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.titlelocation": "left",
         "axes.titlesize": "medium", "axes.axisbelow": True, "grid.color": "#e6e6e6", "font.size": 11,
         "font.family": "DejaVu Sans", "legend.frameon": False, "lines.linewidth": 2,

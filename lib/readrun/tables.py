@@ -119,7 +119,7 @@ def scoreboard(rows: Sequence[Row]) -> Any:
         minutes = number(round((own[0].get("seconds") or 0) / 60, 1))
         kept = [row for row in own if "id" in row]
         pages.append({**own[0], "slug": slug, "minutes": minutes, "table": _claims(kept)})
-    return html("scoreboard", chapters=pages, summary=records.scoreboard_summary(list(rows)))
+    return html("scoreboard", chapters=pages, summary=records.scoreboard_summary([dict(r) for r in rows]))
 
 
 def statuses(found: Sequence[Row]) -> Any:
