@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import perf_counter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -92,7 +93,7 @@ def ceilings(
     """
     elements = elements or (2**29 if _on_gpu(device) else 2**23)
     size = size or (8192 if _on_gpu(device) else 512)
-    options = dict(warmup=5, repeat=20, device=device)
+    options: dict[str, Any] = dict(warmup=5, repeat=20, device=device)
     source = torch.randn(elements, device=device).to(dtype)
     copy = time(torch.empty_like(source).copy_, inputs=[(source,)], **options)
     gigabytes = 2e-9 * source.nbytes
@@ -151,8 +152,9 @@ def row(
     of one call, which is divided by its seconds (GB for "GB/s"). Raises ValueError for both or neither.
     """
     ms = ms.median_ms if isinstance(ms, Timing) else ms
-    if (work is None) == (achieved is None) or (achieved is None and not ms):
+    if achieved is None and work is not None and ms:
+        achieved, work = 1e3 * work / ms, None
+    if achieved is None or work is not None:
         raise ValueError(f"row {name!r} needs achieved=, or work= and a time")
-    value = 1e3 * work / ms if achieved is None else achieved
-    ratio = value / peer if peer else None
-    return dict(name=name, ms=ms, achieved=value, limit=limit, peer=peer, ratio=ratio, unit=unit)
+    ratio = achieved / peer if peer else None
+    return dict(name=name, ms=ms, achieved=achieved, limit=limit, peer=peer, ratio=ratio, unit=unit)

@@ -69,13 +69,17 @@ class _Layer(StaticLayer):
     slots are returned, so that attention reads the used part alone.
     """
 
+    is_initialized: bool
+
     def __init__(self, window: SimpleNamespace) -> None:
         super().__init__(max_cache_len=window.length)
         self.window = window
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *_: object, **__: object
+    ) -> tuple[Tensor, ...]:
         window, new = self.window, (key_states, value_states)
-        if self.keys is None:
+        if not self.is_initialized:
             sizes = [(window.batch, x.shape[1], window.length, x.shape[3]) for x in new]
             self.keys, self.values = (x.new_zeros(size) for x, size in zip(new, sizes, strict=True))
             self.is_initialized = True
@@ -88,10 +92,10 @@ class _Layer(StaticLayer):
         self.values.index_copy_(2, window.slot, value_states)
         return self.keys[:, :, : window.visible], self.values[:, :, : window.visible]
 
-    def get_seq_length(self, *args) -> int:
+    def get_seq_length(self, *_: object) -> int:
         return 0  # the model is always given positions and masks
 
-    def get_mask_sizes(self, *args) -> tuple[int, int]:
+    def get_mask_sizes(self, *_: object) -> tuple[int, int]:
         return self.window.visible, 0
 
 
@@ -149,7 +153,8 @@ class Decoder:
         self._position, self._eos = torch.zeros(batch, 1, **like), torch.tensor(self.eos_ids, **like)
         weights = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
         self._converted = {k: p.to(self.dtype) for k, p in weights.items() if p.dtype != self.dtype}
-        self._generator, self._pointers = torch.Generator(self.device), []
+        self._generator = torch.Generator(self.device)
+        self._pointers: list[int] = []
         self._captured: dict[tuple, torch.cuda.CUDAGraph] = {}
         self._pool: tuple[int, int] | None = None
 
@@ -181,15 +186,16 @@ class Decoder:
         source = generator.device if generator else "cpu"
         self._generator.manual_seed(int(torch.randint(2**62, (1,), generator=generator, device=source)))
         sampler, special = (float(temperature), top_k, float(top_p)), position_ids is not None or bool(inputs)
-        key, every = ("prompt", bool(mask.all()), *sampler), CHECK_EVERY if self.graphs else 1
+        full, every = bool(mask.all()), CHECK_EVERY if self.graphs else 1
         with self._ready():
-            self._run(key, lambda: self._prefill(key[1], sampler, position_ids, inputs), special)
+            prefill = functools.partial(self._prefill, full, sampler, position_ids, inputs)
+            self._run(("prompt", full, *sampler), prefill, special)
             for step in range(1, budget):
                 if step % every == 0 and bool(self._done.all()):
                     break
                 used = -(-(self.prompt_len + step) // self.bucket) * self.bucket
                 visible = min(used, self._window.length)
-                self._run((visible, *sampler), lambda visible=visible: self._step(visible, sampler))
+                self._run((visible, *sampler), functools.partial(self._step, visible, sampler))
         ends = torch.isin(self._ids[:rows, self.prompt_len : self.prompt_len + budget], self._eos)
         kept = ends.cumsum(1) - ends.long() == 0  # no end before this token
         longest = int(kept.sum(1).max())
