@@ -223,7 +223,7 @@ def test_compare_runs_shows_claims_that_only_one_run_has() -> None:
 
 def test_scoreboard_and_front_page_from_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tables.paths, "chapters", lambda: ["dr_grpo", "unlisted"])
-    about = {
+    about: dict = {
         "slug": "dr_grpo", "title": "A <title>", "headline": True, "evidence": "toy", "badge": "", "error": "",
         "form": "ratio", "statement": "It holds.", "paper": 2, "where": "Fig. 1", "amended": [], "seconds": 90.0,
         "device": "GPU", "recorded": "2026-01-02T03:04", "stale": True, "p": 0.01, "survives": True,
