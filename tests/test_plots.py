@@ -224,9 +224,9 @@ def test_compare_runs_shows_claims_that_only_one_run_has() -> None:
 def test_scoreboard_and_front_page_from_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tables.paths, "chapters", lambda: ["dr_grpo", "unlisted"])
     about: dict = {
-        "slug": "dr_grpo", "title": "A <title>", "headline": True, "evidence": "toy", "badge": "", "error": "",
-        "form": "ratio", "statement": "It holds.", "paper": 2, "where": "Fig. 1", "amended": [], "seconds": 90.0,
-        "device": "GPU", "recorded": "2026-01-02T03:04", "stale": True, "p": 0.01, "survives": True,
+        "slug": "dr_grpo", "title": "A <title>", "headline": True, "evidence": "toy", "badge": "",
+        "error": "", "form": "ratio", "statement": "It holds.", "paper": 2, "where": "Fig. 1", "amended": [],
+        "seconds": 90.0, "device": "GPU", "recorded": "2026-01-02T03:04", "stale": True, "p": 0.01, "survives": True,
     }  # fmt: skip
     found = {"verdict": "reproduced", "effect": 2.0, "low": 1.9, "high": 2.1, "n": 5, "over": "seed"}
     missing = {"verdict": "not_run", "effect": None, "survives": False, "p": None}

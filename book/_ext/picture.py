@@ -19,7 +19,8 @@ def main() -> None:
     with sync_playwright() as play:
         browser = play.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
         for page, scheme in (("index", "light"), ("scoreboard", "dark")):
-            context = browser.new_context(viewport={"width": SIZE[0], "height": SIZE[1]}, device_scale_factor=1.5)
+            view = {"width": SIZE[0], "height": SIZE[1]}
+            context = browser.new_context(viewport=view, device_scale_factor=1.5)
             context.add_init_script(f"localStorage.mode = localStorage.theme = '{scheme}'")
             tab = context.new_page()
             tab.goto((TOP / f"book/_build/html/{page}.html").as_uri(), wait_until="load")
