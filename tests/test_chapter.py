@@ -14,7 +14,6 @@ import traceback
 from pathlib import Path
 
 import pytest
-
 from readrun import chapter, paths
 
 NOTEBOOK = '''# %% [markdown]

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from readrun import content, paths
 
 LIB = sorted(paths.library().glob("*.py"))
@@ -89,19 +88,31 @@ def test_cells_have_sources_tags_kinds_and_lines(book: Path) -> None:
 
 TEXT = st.text(st.sampled_from("ab =()#:.,'\n $%!"), max_size=40).map(str.strip)
 CODE = st.sampled_from(
-    ["x = 1", "def f(a):\n    # why\n\n    return a", "# only a comment", "%matplotlib inline\ny = 2", "!ls", "x = '''\n\n'''"]
+    [
+        "x = 1",
+        "def f(a):\n    # why\n\n    return a",
+        "# only a comment",
+        "%matplotlib inline\ny = 2",
+        "!ls",
+        "x = '''\n\n'''",
+    ]
 )
 TAGS = st.lists(st.sampled_from(["figure", "widget", "parameters", "hide-input"]), max_size=2, unique=True)
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.lists(st.one_of(st.tuples(st.just("markdown"), TEXT), st.tuples(st.just("code"), CODE)), max_size=6), TAGS)
+@given(
+    st.lists(st.one_of(st.tuples(st.just("markdown"), TEXT), st.tuples(st.just("code"), CODE)), max_size=6),
+    TAGS,
+)
 def test_cells_are_those_of_jupytext(pieces: list[tuple[str, str]], tags: list[str]) -> None:
     import jupytext
     from nbformat import v4
 
     new = {"markdown": v4.new_markdown_cell, "code": v4.new_code_cell}
-    notebook = v4.new_notebook(cells=[new[kind](text, metadata={"tags": tags} if tags else {}) for kind, text in pieces])
+    notebook = v4.new_notebook(
+        cells=[new[kind](text, metadata={"tags": tags} if tags else {}) for kind, text in pieces]
+    )
     script = jupytext.writes(notebook, fmt="py:percent")
     read = jupytext.reads(script, fmt="py:percent").cells
     ours = content.split_percent(script)
@@ -146,7 +157,7 @@ class D(E, metaclass=M):
 
 
 def test_canonical_text_does_not_depend_on_the_python_version() -> None:
-    """The digest was computed on Python 3.11 and holds on 3.12 and 3.13 (`ast.dump` gives another on each)."""
+    """The digest was computed on Python 3.11; that of `ast.dump` differs on 3.12 and on 3.13."""
     assert content.digest(content.canonical(ast.parse(SNIPPET))) == GOLDEN
 
 
@@ -159,7 +170,11 @@ def test_canonical_text_ignores_formatting_comments_and_docstrings_only(file: Pa
     text = content.canonical(tree)
     assert text == content.canonical(ast.parse("# new\n" + ast.unparse(tree)))
     for node in ast.walk(tree):
-        if isinstance(node, ast.Constant) and isinstance(node.value, int) and not isinstance(node.value, bool):
+        if (
+            isinstance(node, ast.Constant)
+            and isinstance(node.value, int)
+            and not isinstance(node.value, bool)
+        ):
             node.value += 1
             assert content.canonical(tree) != text
             break
@@ -167,28 +182,26 @@ def test_canonical_text_ignores_formatting_comments_and_docstrings_only(file: Pa
 
 @pytest.mark.parametrize("file", LIB, ids=lambda f: f.stem)
 def test_free_names_are_those_of_the_compiler(file: Path) -> None:
-    source = file.read_text()
-
     def read(table: symtable.SymbolTable) -> set[str]:
-        inner = {n for child in table.get_children() for n in read(child)}
-        scoped = table.get_type() in ("function", "class")
-        return inner | {s.get_name() for s in table.get_symbols() if scoped and s.is_global() and s.is_referenced()}
+        inner = {name for child in table.get_children() for name in read(child)}
+        symbols = [s for s in table.get_symbols() if s.is_referenced()]
+        return inner | {s.get_name() for s in symbols if s.is_global() or table.get_type() == "module"}
 
     checked = 0
-    for node in ast.parse(source).body:
-        if isinstance(node, ast.FunctionDef):
-            alone = ast.unparse(ast.FunctionDef(node.name, node.args, node.body, [], lineno=1))
-            table = symtable.symtable(f"from __future__ import annotations\n{alone}", "f", "exec").get_children()[-1]
-            free = content.free_names(ast.Module(node.body, []))
-            locals_ = {a.arg for a in ast.walk(node.args) if isinstance(a, ast.arg)}
-            bound = content._scope((ast.Module(node.body, []),), True)[1]
-            expected = {n for n in read(table) if n != ".0"}
-            annotations = {n.id for a in ast.walk(node) for x in [getattr(a, "annotation", None), getattr(a, "returns", None)]
-                           if x is not None for n in ast.walk(x) if isinstance(n, ast.Name)}  # fmt: skip
-            assert expected <= free, node.name
-            assert free - locals_ - bound - annotations <= expected, node.name
+    for node in ast.parse(file.read_text()).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            for part in ast.walk(node):  # whether annotations are read differs between versions
+                if isinstance(part, (ast.arg, ast.FunctionDef)):
+                    setattr(part, "annotation" if isinstance(part, ast.arg) else "returns", None)
+                elif isinstance(part, ast.AnnAssign):
+                    part.annotation = ast.Constant(0)
+            table = symtable.symtable(ast.unparse(node), "f", "exec")
+            free = content.free_names(node)
+            assert read(table) - {"__class__"} <= free, node.name
+            fields = {s.target.id for s in getattr(node, "body", []) if isinstance(s, ast.AnnAssign)}
+            assert free - (fields if isinstance(node, ast.ClassDef) else set()) <= read(table), node.name
             checked += 1
-    assert checked or file.stem in ("__init__", "__main__", "run", "kernel"), "no function looked at"
+    assert checked or file.stem == "__init__"
 
 
 @pytest.mark.parametrize(
@@ -283,7 +296,15 @@ def test_content_key_changes(book: Path, old: str, new: str) -> None:
 
 def test_parameters_enter_by_value(book: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     key = content.content_key("toy")
-    run = {"profile": "cpu", "seed": 5, "seeds": 2, "device": "cuda", "only": "none", "out": "x", "template": "r1"}
+    run = {
+        "profile": "cpu",
+        "seed": 5,
+        "seeds": 2,
+        "device": "cuda",
+        "only": "none",
+        "out": "x",
+        "template": "r1",
+    }
     assert content.content_key("toy", run | {"checkpoint": ""}) == key
     assert content.content_key("toy", {"profile": "smoke"}) != key
     assert content.content_key("toy", {"template": "none"}) != key
@@ -308,12 +329,27 @@ def test_only_the_active_profiles_settings_count(book: Path) -> None:
     assert {p for p in keys if keys[p] != after[p]} == {"smoke"}
 
 
-def test_modules_count_transitively_without_presentation_and_core(book: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sources = {"rl": "from . import deep\nfrom readrun.plots import style", "deep": "import readrun.deeper as d\nX = 1"}
-    sources |= {"deeper": "import readrun\nreadrun.attribute.f()\n", "attribute": "Y = 1", "plots": "Z = 1", "run": "W = 1"}
+def test_modules_count_transitively_without_presentation_and_core(
+    book: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sources = {
+        "rl": "from . import deep\nfrom readrun.plots import style",
+        "deep": "import readrun.deeper as d\nX = 1",
+    }
+    sources |= {
+        "deeper": "import readrun\nreadrun.attribute.f()\n",
+        "attribute": "Y = 1",
+        "plots": "Z = 1",
+        "run": "W = 1",
+    }
     library(book, monkeypatch, **sources, other="V = 1")
     first, shown = content.content_key("toy"), content.render_key("toy")
-    assert set(content.modules_reached(ast.parse("from readrun import rl").body)) == {"rl", "deep", "deeper", "attribute"}
+    assert set(content.modules_reached(ast.parse("from readrun import rl").body)) == {
+        "rl",
+        "deep",
+        "deeper",
+        "attribute",
+    }
     for module, counts in {"deep": 1, "deeper": 1, "attribute": 1, "plots": 0, "run": 0, "other": 0}.items():
         old = (book / f"lib/{module}.py").read_text()
         (book / f"lib/{module}.py").write_text(old + "\nNEW = 1\n")
@@ -329,7 +365,12 @@ def test_assets_count(book: Path) -> None:
     for name in ("toy/own.txt", "shared/words.txt", "shared/other.txt"):
         (book / "data/assets" / name).parent.mkdir(parents=True, exist_ok=True)
         (book / "data/assets" / name).write_text("a")
-    for name, counts in {"toy/own.txt": 1, "shared/words.txt": 1, "shared/other.txt": 0, "toy/MANIFEST.json": 0}.items():
+    for name, counts in {
+        "toy/own.txt": 1,
+        "shared/words.txt": 1,
+        "shared/other.txt": 0,
+        "toy/MANIFEST.json": 0,
+    }.items():
         before = content.content_key("toy")
         (book / "data/assets" / name).write_text("changed")
         assert (content.content_key("toy") != before) == bool(counts), name
@@ -355,11 +396,18 @@ def test_render_key_of_edits(book: Path, old: str, new: str, changes: bool) -> N
     assert (content.render_key("toy") != before) == changes
 
 
-def test_render_key_follows_presentation_claims_and_record(book: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_render_key_follows_presentation_claims_and_record(
+    book: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     edit(book, 'print("drawn")', "from readrun import plots")
     library(book, monkeypatch, plots="from readrun import media", media="A = 1", rl="B = 1", picker="C = 1")
     key, own = content.render_key("toy"), content.content_key("toy")
-    for file in ("lib/media.py", "data/papers/toy.yml", "data/results/toy.gpu.json", "data/results/toy.gpu.npz"):
+    for file in (
+        "lib/media.py",
+        "data/papers/toy.yml",
+        "data/results/toy.gpu.json",
+        "data/results/toy.gpu.npz",
+    ):
         (book / file).parent.mkdir(parents=True, exist_ok=True)
         (book / file).write_text("# changed")
         assert content.render_key("toy") != key, file
@@ -379,10 +427,12 @@ def test_keys_of_a_book_of_22_long_chapters_are_fast_and_need_no_torch(book: Pat
     program = (
         "import sys, time; start = time.process_time()\nfrom readrun import content, paths\n"
         "keys = {(content.content_key(s), content.render_key(s)) for s in paths.chapters()}\n"
-        "print(len({r for _, r in keys}), time.process_time() - start, 'torch' in sys.modules, 'numpy' in sys.modules)"
+        "print(len(keys), time.process_time() - start, 'torch' in sys.modules, 'numpy' in sys.modules)"
     )
-    out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
-    assert out[0] == "23" or out[0] == "2", out
+    out = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert out[0] == "23"  # with the fixture's own
     assert float(out[1]) < 2.0 and out[2:] == ["False", "False"], out
 
 

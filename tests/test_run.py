@@ -11,11 +11,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-
 import readrun
 from readrun import paths
 
-SIZES: dict[str, Any] = {"smoke": dict(seeds=1, n=2), "cpu": dict(seeds=3, n=4), "gpu": dict(seeds=5, n=6, k="<b>")}
+SIZES: dict[str, Any] = {
+    "smoke": dict(seeds=1, n=2),
+    "cpu": dict(seeds=3, n=4),
+    "gpu": dict(seeds=5, n=6, k="<b>"),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +44,10 @@ def book(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ({"device": "tpu"}, r"device: 'tpu'; accepted: auto, cpu, cuda"),
         ({"only": ["a"]}, r"only: \['a'\]; accepted: a string"),
         ({"checkpoint": None}, r"checkpoint: None; accepted: a string"),
-        ({"checkpoint": "/no/such/folder"}, r"checkpoint: '/no/such/folder' does not exist; accepted: a folder, a hub id"),
+        (
+            {"checkpoint": "/no/such/folder"},
+            r"checkpoint: '/no/such/folder' does not exist; accepted: a folder, a hub id",
+        ),
         ({"checkpoint": "./mine"}, r"checkpoint: './mine' does not exist"),
         ({"checkpoint": "../mine"}, r"checkpoint"),
         ({"checkpoint": "~/no_such_model"}, r"checkpoint"),
@@ -51,7 +57,9 @@ def book(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ({"template": object()}, r"template: object is neither JSON data .* accepted: JSON data"),
     ],
 )
-def test_bad_parameters_are_named_before_anything_is_made(book: Path, given: dict[str, Any], message: str) -> None:
+def test_bad_parameters_are_named_before_anything_is_made(
+    book: Path, given: dict[str, Any], message: str
+) -> None:
     (book / "there").mkdir()
     with pytest.raises(ValueError, match=message):
         readrun.start("toy", **given)
@@ -67,7 +75,9 @@ def test_bad_slug(slug: str) -> None:
 def test_cuda_asked_for_and_absent(monkeypatch: pytest.MonkeyPatch) -> None:
     torch = pytest.importorskip("torch")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ValueError, match=r"device: 'cuda' needs a CUDA GPU and there is none; accepted: device='cpu'"):
+    with pytest.raises(
+        ValueError, match=r"device: 'cuda' needs a CUDA GPU and there is none; accepted: device='cpu'"
+    ):
         readrun.start("toy", device="cuda")
     with pytest.raises(ValueError, match=r"profile: 'gpu' .*accepted: device='cpu'.*only='none'"):
         readrun.start("toy", profile="gpu")
@@ -107,7 +117,15 @@ def test_folders(book: Path) -> None:
 
 def test_parameters_are_kept(book: Path) -> None:
     run = readrun.start("toy", seed=np.int64(2), template="r1", ks=[1, 2])
-    expected = {"profile": "cpu", "seed": 2, "seeds": 0, "device": "auto", "checkpoint": "", "only": "", "out": ""}
+    expected = {
+        "profile": "cpu",
+        "seed": 2,
+        "seeds": 0,
+        "device": "auto",
+        "checkpoint": "",
+        "only": "",
+        "out": "",
+    }
     assert run.parameters == expected | {"template": "r1", "ks": [1, 2]}
     assert json.dumps(run.parameters)
 
@@ -138,7 +156,8 @@ def test_settings_table_shows_all_profiles_and_marks_one() -> None:
 
 
 @pytest.mark.parametrize(
-    ("bad", "error"), [({"n": 1}, "seeds of cpu"), ({"seeds": 0}, "seeds of cpu: 0"), ({"seeds": 1, "f": print}, "cpu")]
+    ("bad", "error"),
+    [({"n": 1}, "seeds of cpu"), ({"seeds": 0}, "seeds of cpu: 0"), ({"seeds": 1, "f": print}, "cpu")],
 )
 def test_bad_settings(bad: dict[str, Any], error: str) -> None:
     with pytest.raises((ValueError, TypeError), match=error):
@@ -210,7 +229,9 @@ def test_asset_is_verified(assets: Path) -> None:
     assert readrun.asset("toy/words.txt").read_text() == "a b"
 
 
-@pytest.mark.parametrize("name", ["toy/none.txt", "other", "", "toy/../toy/words.txt", "/toy/none", "toy/words.txt/x"])
+@pytest.mark.parametrize(
+    "name", ["toy/none.txt", "other", "", "toy/../toy/words.txt", "/toy/none", "toy/words.txt/x"]
+)
 def test_missing_asset(assets: Path, name: str) -> None:
     with pytest.raises(ValueError, match="there is no such file or folder"):
         readrun.asset(name)

@@ -16,11 +16,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import readrun
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-
-import readrun
 from readrun import paths, units
 
 NOTEBOOK = '''# %% [markdown]
@@ -83,7 +82,8 @@ def train(arm, seed, settings, base):
 
 # %%
 first = run.unit(base, n=S.n)
-found = [run.unit(train, arm=arm, seed=s, settings=vars(S), base=first) for s in run.seeds for arm in ("a", "b")]
+plan = [(arm, s) for s in run.seeds for arm in ("a", "b")]
+found = [run.unit(train, arm=a, seed=s, settings=vars(S), base=first) for a, s in plan]
 
 # %%
 TABLE["later"] = 4
@@ -138,7 +138,8 @@ def keys(book: Path, text: str = NOTEBOOK, **parameters: Any) -> list[str]:
         ('{"redefined": 1}', '{"redefined": 2}'),
         ("OTHER = [1]", "OTHER = [2]"),
         ("smoke=dict(seeds=1, n=2)", "smoke=dict(seeds=1, n=7)"),
-        ("import random\nimport numpy as np", "import numpy as np\nimport random\nimport math"),
+        ("import random\nimport numpy as np", "import math, random, numpy as np"),
+        ("from readrun import rl", "from readrun import rl, train"),
     ],
 )
 def test_key_stays(book: Path, old: str, new: str) -> None:
@@ -157,7 +158,7 @@ def test_key_stays(book: Path, old: str, new: str) -> None:
         ("noise[-1]", "noise[0]", {"train"}),
         ("float(n)", "float(n + 1)", {"base", "train"}),
         ("np.arange(n)", "np.zeros(n)", {"base", "train"}),
-        ("import numpy as np", "import numpy, numpy as np", {"base", "train"}),
+        ("import numpy as np", "import numpy as np\nnp.random.extra = 1", {"base", "train"}),
         ("cpu=dict(seeds=2, n=3)", "cpu=dict(seeds=2, n=5)", {"base", "train"}),
         ('template = "r1"', 'template = "none"', {"train"}),
         ("# a worked example", "helper.scale = 3", {"train"}),
@@ -188,26 +189,33 @@ def test_key_follows_arguments_units_and_profile(book: Path) -> None:
 
 
 def test_only_out_and_device_are_in_no_key(book: Path) -> None:
-    text = NOTEBOOK.replace('"device": run.device', '"device": str(run.device) + str(run.folder) + str(run.seeds)')
+    text = NOTEBOOK.replace(
+        '"device": run.device', '"device": str(run.device) + str(run.folder) + str(run.seeds)'
+    )
     expected = keys(book, text)
     assert keys(book, text, out=str(book / "elsewhere"), only="*") == expected
     assert keys(book, text.replace('device = "auto"', 'device = "cpu"')) == expected
 
 
-@pytest.mark.parametrize("use", ["run.profile", "run.checkpoint", "run.parameters", "vars(run)", "checkpoint", "seeds"])
+@pytest.mark.parametrize(
+    "use", ["run.profile", "run.checkpoint", "run.parameters", "vars(run)", "checkpoint", "seeds"]
+)
 def test_parameters_count_where_they_are_read(book: Path, use: str) -> None:
     text = NOTEBOOK.replace('"text": template', f'"text": str({use})')
     plain = keys(book, text)[1]
     assert keys(book, text, checkpoint="org/name")[1] != plain or use in ("run.profile", "seeds")
-    assert keys(book, text.replace('template = "r1"', 'template = "x"'))[1] == plain or use in ("run.parameters", "vars(run)")
+    assert keys(book, text.replace('template = "r1"', 'template = "x"'))[1] == plain or use in (
+        "run.parameters",
+        "vars(run)",
+    )
     if use == "seeds":
         assert keys(book, text, seeds=1)[1] != plain
 
 
 def test_key_follows_readrun_modules_and_assets(book: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = NOTEBOOK.replace("return {\"start\"", "rl.f(readrun.asset('toy/a/x.txt'))\n    return {\"start\"").replace(
-        "from readrun import rl", "from readrun import paths as P\nclass rl:\n    f = print"
-    )
+    text = NOTEBOOK.replace(
+        'return {"start"', "rl.f(readrun.asset('toy/a/x.txt'))\n    return {\"start\""
+    ).replace("from readrun import rl", "from readrun import paths as P\nclass rl:\n    f = print")
     (book / "data/assets/toy/a").mkdir(parents=True)
     (book / "data/assets/toy/a/x.txt").write_text("1")
     (book / "data/assets/toy/b.txt").write_text("1")
@@ -242,11 +250,20 @@ def test_key_follows_readrun_modules(book: Path, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize(
     "doubt",
-    ["eval('1')", "globals()['TABLE']", "exec('')", "__import__('math')", "unknown_name if n < 0 else 0", "changed()"],
+    [
+        "eval('1')",
+        "globals()['TABLE']",
+        "exec('')",
+        "__import__('math')",
+        "unknown_name if n < 0 else 0",
+        "changed()",
+    ],
 )
 def test_in_doubt_everything_counts(book: Path, doubt: str) -> None:
-    text = NOTEBOOK.replace("return {\"start\"", f"{doubt}\n    return {{\"start\"")
-    text = text.replace("import random\n", "import random\nfrom math import *\ndef changed():\n    global arm\n    arm = 1\n")
+    text = NOTEBOOK.replace('return {"start"', f'{doubt}\n    return {{"start"')
+    text = text.replace(
+        "import random\n", "import random\nfrom math import *\ndef changed():\n    global arm\n    arm = 1\n"
+    )
     plain, first = keys(book, text), keys(book, text.replace("x = 3\n", "x = 4\n"))
     assert first[0] != plain[0], "an unrelated cell counts now"
     commented = text.replace("# a comment", "# more").replace('print("figure")', 'print("other")')
@@ -264,7 +281,9 @@ def test_unit_wants_a_named_function(book: Path, bad: Any) -> None:
 @pytest.mark.parametrize("bad", [object(), {1: 2}, np.zeros(2), {"a": [{2}]}, b"x"])
 def test_unit_wants_plain_arguments(book: Path, bad: Any) -> None:
     space = execute(book)
-    with pytest.raises(TypeError, match=r"base: argument\['n'\].* is neither JSON data with string keys nor a unit"):
+    with pytest.raises(
+        TypeError, match=r"base: argument\['n'\].* is neither JSON data with string keys nor a unit"
+    ):
         space["run"].unit(space["base"], n=bad)
 
 
@@ -300,9 +319,16 @@ def test_script_kernel_papermill_and_nbval_agree(book: Path, monkeypatch: pytest
     nbformat.write(notebook, book / "toy.ipynb")
 
     papermill.execute_notebook(
-        book / "toy.ipynb", book / "out.ipynb", {"profile": "smoke", "template": "r1", "seeds": 1}, progress_bar=False
+        book / "toy.ipynb",
+        book / "out.ipynb",
+        {"profile": "smoke", "template": "r1", "seeds": 1},
+        progress_bar=False,
     )
-    injected = [c for c in nbformat.read(book / "out.ipynb", 4).cells if "injected-parameters" in c.metadata.get("tags", [])]
+    injected = [
+        c
+        for c in nbformat.read(book / "out.ipynb", 4).cells
+        if "injected-parameters" in c.metadata.get("tags", [])
+    ]
     assert injected and folders(book) == script
 
     call = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--nbval-lax", "toy.ipynb"]
@@ -312,7 +338,9 @@ def test_script_kernel_papermill_and_nbval_agree(book: Path, monkeypatch: pytest
 
     # JupyterLab: a definition is tried out, put back, cells are run again, one is never saved to the script
     cells = [c for c in notebook.cells if c.cell_type == "code"]
-    edited = nbformat.from_dict(dict(cells[3]) | {"source": cells[3].source.replace("x * TABLE", "x - TABLE")})
+    edited = nbformat.from_dict(
+        dict(cells[3]) | {"source": cells[3].source.replace("x * TABLE", "x - TABLE")}
+    )
     extra = nbformat.v4.new_code_cell("%time y = 5\nfor k in 'ab': y += 1\n!true")
     notebook.cells = [*cells[:3], edited, *cells[2:5], extra, cells[5], *cells[4:8]]
     nbclient.NotebookClient(notebook, resources={"metadata": {"path": str(book)}}).execute()
@@ -323,7 +351,9 @@ def test_script_kernel_papermill_and_nbval_agree(book: Path, monkeypatch: pytest
 
 
 def test_worker_module_and_chapter_agree_with_the_script(book: Path) -> None:
-    text = NOTEBOOK.replace("def base(n):\n    return {\"redefined\": 1}\n", "").replace('TABLE["later"] = 4', "pass")
+    text = NOTEBOOK.replace('def base(n):\n    return {"redefined": 1}\n', "").replace(
+        'TABLE["later"] = 4', "pass"
+    )
     expected = execute(book, text)["first"].key
     q = readrun.chapter("toy")
     run = readrun.start("toy", profile="cpu", template="r1")
@@ -338,7 +368,10 @@ JSON = st.recursive(
     lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(), inner, max_size=3)),
     max_leaves=8,
 )
-ARRAYS = hnp.arrays(st.sampled_from(["f4", "f8", "i8", "u1", "?", "c16", "<U3", "M8[s]"]), hnp.array_shapes(min_dims=0, min_side=0))
+ARRAYS = hnp.arrays(
+    st.sampled_from(["f4", "f8", "i8", "u1", "?", "c16", "<U3", "M8[s]"]),
+    hnp.array_shapes(min_dims=0, min_side=0),
+)
 
 
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -354,7 +387,9 @@ def test_json_and_arrays_round_trip_exactly(tmp_path: Path, value: Any, array: n
 
 
 def test_scalars_of_numpy_become_plain(tmp_path: Path) -> None:
-    units.write_values(tmp_path, {"a": np.float32(0.1), "b": (np.int8(3), np.bool_(True)), "nan": np.float64("nan")})
+    units.write_values(
+        tmp_path, {"a": np.float32(0.1), "b": (np.int8(3), np.bool_(True)), "nan": np.float64("nan")}
+    )
     assert units.read_value(tmp_path, "a", "json") == float(np.float32(0.1))
     assert units.read_value(tmp_path, "b", "json") == [3, True]
     assert units.read_value(tmp_path, "nan", "json") != units.read_value(tmp_path, "nan", "json")
@@ -366,14 +401,20 @@ def test_tensors_and_state_dicts_round_trip(tmp_path: Path) -> None:
     state = {"z": tied, "a": tied.detach(), "half": tied.detach().to(torch.bfloat16).T, "n": torch.tensor(3)}
     kinds = units.write_values(tmp_path, {"state": state, "one": torch.arange(3), "none": {}})
     assert kinds == {"state": "state", "one": "tensor", "none": "json"}
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["one.safetensors", "result.json", "state.safetensors"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "one.safetensors",
+        "result.json",
+        "state.safetensors",
+    ]
     back = units.read_value(tmp_path, "state", "state")
     assert list(back) == list(state), "in the order of the model"
     assert all(torch.equal(back[k], state[k]) and back[k].dtype == state[k].dtype for k in state)
     assert torch.equal(units.read_value(tmp_path, "one", "tensor"), torch.arange(3))
 
 
-@pytest.mark.parametrize("bad", [{"a": object()}, {"a": {1: 2}}, {"a": np.array([object()])}, {"a": [np.zeros(2)]}])
+@pytest.mark.parametrize(
+    "bad", [{"a": object()}, {"a": {1: 2}}, {"a": np.array([object()])}, {"a": [np.zeros(2)]}]
+)
 def test_other_values_are_refused(tmp_path: Path, bad: dict[str, Any]) -> None:
     with pytest.raises(TypeError, match="result"):
         units.write_values(tmp_path, bad)
@@ -389,7 +430,12 @@ def work(name: str, seed: int = 0, base: Any = None, fail: bool = False) -> dict
     if fail:
         raise ZeroDivisionError("in the work")
     inner = sum(u["value"] for u in units.units_in(base))
-    return {"value": 1 + inner, "pair": (1, 2), "noise": [random.random(), float(np.random.random())], "curve": np.ones(2)}
+    return {
+        "value": 1 + inner,
+        "pair": (1, 2),
+        "noise": [random.random(), float(np.random.random())],
+        "curve": np.ones(2),
+    }
 
 
 def other(name: str, seed: int = 0) -> dict[str, Any]:
@@ -409,7 +455,12 @@ def start(book: Path) -> Any:
 def test_a_unit_is_computed_once_and_read_as_it_was_saved(start: Any) -> None:
     run = start()
     unit = run.unit(work, name="a", seed=1)
-    assert unit.done and unit["value"] == 1 and unit["pair"] == [1, 2] and list(unit) == ["value", "pair", "noise", "curve"]
+    assert (
+        unit.done
+        and unit["value"] == 1
+        and unit["pair"] == [1, 2]
+        and list(unit) == ["value", "pair", "noise", "curve"]
+    )
     assert len(unit) == 4 and "curve" in unit and unit.get("no") is None
     assert run.unit(work, name="a", seed=1) is unit and run.units == [unit]
     again = start().unit(work, name="a", seed=1)
@@ -456,7 +507,9 @@ def test_only_selects_and_what_it_needs_is_computed(start: Any) -> None:
 
     base, spare, top = ask(start(only="none"))
     assert [u.done for u in (base, spare, top)] == [False] * 3 and calls == []
-    with pytest.raises(KeyError, match="unit work/name=top has no result: `only` did not select it and none is saved"):
+    with pytest.raises(
+        KeyError, match="unit work/name=top has no result: `only` did not select it and none is saved"
+    ):
         top["value"]
     with pytest.raises(KeyError, match="has no result"):
         list(top)
@@ -482,7 +535,9 @@ def wrong_result(kind: str) -> Any:
 def test_a_wrong_result_is_refused(start: Any, book: Path, kind: str) -> None:
     with pytest.raises(TypeError, match="must return a dict whose keys are identifiers|neither JSON"):
         start().unit(wrong_result, kind=kind)
-    assert not list((book / "build/toy/cpu/units").glob("*.*")) and not list((book / "build/toy/cpu").glob("units/*"))
+    assert not list((book / "build/toy/cpu/units").glob("*.*")) and not list(
+        (book / "build/toy/cpu").glob("units/*")
+    )
 
 
 def test_streams_depend_on_function_and_seed_alone(start: Any) -> None:
@@ -540,7 +595,9 @@ def test_a_folder_elsewhere_gets_every_unit(start: Any, book: Path) -> None:
     old = start().unit(work, name="a")
     run = start(out=str(book / "host"))
     assert [run.unit(work, name=n).done for n in "ab"] == [True, True] and calls == ["a", "b"]
-    assert {p.name for p in (book / "host/units").iterdir()} == {u.name for u in run.units} and old.name in run.units[0].name
+    assert {p.name for p in (book / "host/units").iterdir()} == {
+        u.name for u in run.units
+    } and old.name in run.units[0].name
     assert {p.name for p in (book / "build/toy/cpu/units").iterdir()} == {u.name for u in run.units}
     inside = start(out=str(book / "build/toy/cpu/0123"))
     inside.unit(work, name="c")
@@ -648,7 +705,9 @@ def test_a_killed_run_resumes(book: Path) -> None:
         process.communicate()
     total = subprocess.check_output(call, cwd=book, text=True)
     done = [int(n) for n in (book / "calls.txt").read_text().split()]
-    assert set(done) == set(range(40)) and len(done) <= 44, "at most the unit that was interrupted is repeated"
+    assert set(done) == set(range(40)) and len(done) <= 44, (
+        "at most the unit that was interrupted is repeated"
+    )
     assert subprocess.check_output(call, cwd=book, text=True) == total
     assert len((book / "calls.txt").read_text().split()) == len(done)
 
@@ -663,7 +722,9 @@ def test_old_leftovers_are_cleared_young_ones_stay(start: Any, book: Path) -> No
 
 
 def test_key_of_a_unit_is_fast(book: Path) -> None:
-    filler = "".join(f"\n# %%\ndef g{i}(x):\n    return [x * k for k in range({i})] + [helper(x)]\n" for i in range(300))
+    filler = "".join(
+        f"\n# %%\ndef g{i}(x):\n    return [x * k for k in range({i})] + [helper(x)]\n" for i in range(300)
+    )
     space = execute(book, NOTEBOOK.replace("# %%\ndef base(n)", f"{filler}\n# %%\ndef base(n)", 1))
     began = time.process_time()
     for n in range(100):

@@ -159,7 +159,7 @@ def _scope(nodes: tuple[ast.AST, ...], deferred: bool) -> tuple[frozenset[str], 
             elif isinstance(node, ast.arg):
                 binds.add(node.arg)
             else:  # except … as name, case … as name, case {**rest}
-                binds |= {getattr(node, "name", None), getattr(node, "rest", None)} - {None}
+                binds |= {str(n) for n in (getattr(node, "name", 0), getattr(node, "rest", 0)) if n}
             todo += children
     return frozenset(reads), frozenset(binds)
 
@@ -212,6 +212,16 @@ def effects(node: ast.stmt) -> tuple[frozenset[str], frozenset[str], frozenset[s
                     *(_root(a) for a in part.value.args if isinstance(a, ast.Name)),
                 }
     return fresh, frozenset(changed - {""}), frozenset(touched - {""})
+
+
+def binding_of(node: ast.stmt, name: str) -> ast.stmt:
+    """An import without its other names; any other statement as it is."""
+    if not isinstance(node, (ast.Import, ast.ImportFrom)):
+        return node
+    names = [a for a in node.names if name == (a.asname or a.name.split(".")[0])]
+    return (
+        ast.Import(names) if isinstance(node, ast.Import) else ast.ImportFrom(node.module, names, node.level)
+    )
 
 
 @dataclass(frozen=True)
@@ -329,7 +339,9 @@ def default_parameters(slug: str) -> dict[str, Any]:
 def key_parameters(slug: str, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The parameters on which a chapter's results depend: profile, checkpoint, its own; with defaults."""
     values = default_parameters(slug)
-    values |= {k: v for k, v in (given or {}).items() if not values or k in (*values, "profile", "checkpoint")}
+    values |= {
+        k: v for k, v in (given or {}).items() if not values or k in (*values, "profile", "checkpoint")
+    }
     values["profile"] = values.get("profile") or os.environ.get("READRUN_PROFILE") or "cpu"
     local = Path(values.setdefault("checkpoint", "")).expanduser()
     if (

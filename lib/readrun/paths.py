@@ -109,7 +109,7 @@ def _manifest(slug: str) -> dict[str, dict[str, str]]:
 def asset(name: str) -> Path:
     """Path of the committed file or folder data/assets/`name` ("dr_grpo/base/model.safetensors").
 
-    Each file is first checked against data/assets/<slug>/MANIFEST.json {file: {sha256, source, licence, how}}.
+    Each file is checked against data/assets/<slug>/MANIFEST.json {file: {sha256, source, licence, how}}.
     Raises ValueError if the asset is missing, not listed there, or differs from its checksum.
     """
     slug, _, rest = name.strip("/").partition("/")

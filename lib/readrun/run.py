@@ -24,7 +24,7 @@ from readrun.units import Unit
 
 
 class Settings(SimpleNamespace):
-    """The active profile's settings; `seeds` (this run's) is not in `vars(S)`: more seeds keep saved units."""
+    """The active profile's settings; `seeds` is this run's, and not in `vars(S)`, so more keep units."""
 
     __slots__ = ("_profile", "_table", "seeds")
 
@@ -52,8 +52,8 @@ class Settings(SimpleNamespace):
 class Run:
     """One execution of a chapter's notebook, made by `start`.
 
-    `units` lists what was asked for, files of this run go to `folder` and `media`, `parameters` are the values
-    given, `device` is "cpu" or "cuda".
+    `units` lists what was asked for, files of this run go to `folder` and `media`, `parameters` are the
+    values given, `device` is "cpu" or "cuda".
     """
 
     def __init__(self, slug: str, parameters: dict[str, Any], device: str) -> None:
@@ -92,7 +92,7 @@ class Run:
     # ------------------------------------------------------------ units
 
     def unit(self, fn: Callable[..., Mapping[str, Any]], **arguments: Any) -> Unit:
-        """`fn(**arguments)`, saved; or its saved result. Arguments are JSON data or units (`fn` reads their results).
+        """`fn(**arguments)`, saved; or its saved result. Arguments are JSON data or units (`fn` reads them).
 
         Where none is saved and `only` does not select it, the unit has `done` False, and is computed when a
         selected unit needs it. Before `fn` runs, all random streams are seeded with its name and its `seed`
@@ -212,7 +212,11 @@ def start(
     profile = profile or os.environ.get("READRUN_PROFILE") or "cpu"
     if profile not in PROFILES:
         raise ValueError(f"profile: {profile!r}; accepted: {', '.join(PROFILES)}")
-    given = {"profile": profile, "seed": _whole("seed", seed, 0), "seeds": _whole("seeds", seeds, 0)}
+    given: dict[str, Any] = {
+        "profile": profile,
+        "seed": _whole("seed", seed, 0),
+        "seeds": _whole("seeds", seeds, 0),
+    }
     given |= {"device": device, "checkpoint": _checkpoint(checkpoint), "only": only, "out": out}
     for name, value in own.items():
         try:
@@ -222,11 +226,11 @@ def start(
     run = Run(slug, given | own, _device(device, profile, only))
     import numpy as np
 
-    seed = given["seed"]
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
+    number = given["seed"]
+    random.seed(number)
+    np.random.seed(number % 2**32)
     if "torch" in sys.modules:
-        sys.modules["torch"].manual_seed(seed)
+        sys.modules["torch"].manual_seed(number)
     run.torch_setup()
     return run
 

@@ -29,9 +29,8 @@ from readrun import content, paths
 if TYPE_CHECKING:
     from readrun.run import Run
 
-# what a unit function may read of its run without making it part of the key
+# what of its run a unit may read without a trace in the key; names that hide what a function reaches
 RUN_FREE = content.NOT_IN_KEY | {"slug", "folder", "media", "unit", "results", "recorded", "torch_setup"}
-# reading these names hides what a function reaches
 DOUBTFUL = frozenset({"globals", "eval", "exec", "__import__", "importlib"})
 
 
@@ -39,7 +38,7 @@ class Unit(Mapping[str, Any]):
     """The saved result of one piece of an experiment: a mapping over what its function returned.
 
     `id` names it in logs and `only` patterns, `key` tells whether a saved result is its own, `arguments` are
-    the call's, `done` says whether there is a result, `meta` has seconds, peak memory, device, versions, commit.
+    the call's, `done` says whether there is a result, `meta` has time, memory, device, versions, commit.
     """
 
     def __init__(self, fn: str, arguments: dict[str, Any], key: str, compute: Callable[[Unit], None]) -> None:
@@ -114,17 +113,18 @@ def plain(value: Any, where: str) -> Any:
 
 
 def executed(fn: Any, slug: str) -> list[str]:
-    """Sources that made `fn`'s globals: cells run in this kernel, a script's cells so far, or a whole file."""
+    """Sources that made `fn`'s globals: cells run in this kernel, a script's cells so far, a whole file."""
     script = content.cells(slug) if paths.notebook(slug).is_file() else []
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
     if shell is not None and any(fn.__globals__ is n for n in (shell.user_ns, shell.user_global_ns)):
         hidden = {cell.source for cell in script if not cell.computes}
         ran = [source.rstrip("\n") for source in shell.history_manager.input_hist_raw[1:]]
-        if not ran:  # nbval keeps no history; what tracebacks quote is there
-            folder = os.path.dirname(fn.__code__.co_filename)
-            known = [entry for name, entry in linecache.cache.items() if os.path.dirname(name) == folder]
-            ran = ["".join(entry[2]).rstrip("\n") for entry in known if len(entry) == 4]
-        return [s for i, s in enumerate(ran) if s not in hidden and s not in ran[i + 1 :]]  # the last run counts
+        if not ran:  # nbval keeps no history, but what tracebacks quote is there
+            home, known = os.path.dirname(fn.__code__.co_filename), linecache.cache.items()
+            ran = ["".join(e[2]).rstrip("\n") for name, e in known if os.path.dirname(name) == home and e[2:]]
+        return [
+            s for i, s in enumerate(ran) if s not in hidden and s not in ran[i + 1 :]
+        ]  # the last run counts
     if not (file := Path(fn.__code__.co_filename)).is_file():
         raise TypeError(f"unit: {fn.__name__} has no source file; define it in a notebook or a module")
     if file.resolve() != paths.notebook(slug).resolve():
@@ -162,7 +162,7 @@ def follow(
             continue
         solid = last >= 0 and isinstance(code[last].node, content.DEFINITIONS)  # calls do not change it
         reached += [s for s in code[last + 1 :] if name in s.changes or (name in s.touches and not solid)]
-        found[name] = [s.node for s in reached]
+        found[name] = [content.binding_of(s.node, name) for s in reached]
         todo |= {n for s in reached for n in s.reads}
         doubt |= (
             name in DOUBTFUL or name.startswith("global ") or any(f"global {name}" in s.reads for s in code)
@@ -230,7 +230,7 @@ def _kind(value: Any) -> str:
 
 
 def write_values(folder: Path, result: Mapping[str, Any]) -> dict[str, str]:
-    """Write a unit's result into `folder`: scalars, lists, dicts as JSON, arrays as npz, tensors as safetensors.
+    """Write a unit's result into `folder`: JSON, arrays as npz, tensors as safetensors.
 
     Returns {name: json | array | tensor | state}. Raises TypeError for anything else.
     """
@@ -343,7 +343,7 @@ def seeded(value: Any, device: str) -> Iterator[None]:
 @contextlib.contextmanager
 def measured(meta: dict[str, Any], device: str) -> Iterator[None]:
     """Fill `meta` with seconds, peak_ram_gib (of this process) and peak_gpu_gib (None on the CPU)."""
-    cuda = sys.modules["torch"].cuda if device == "cuda" and "torch" in sys.modules else None
+    cuda: Any = sys.modules["torch"].cuda if device == "cuda" and "torch" in sys.modules else None
     gpus = range(cuda.device_count() if cuda else 0)
     for gpu in gpus:
         cuda.reset_peak_memory_stats(gpu)
@@ -379,8 +379,8 @@ def device_name(device: str) -> str:
 def versions() -> dict[str, str]:
     """Versions of Python and of the loaded libraries that compute."""
     names = "numpy scipy sklearn torch torchvision transformers diffusers accelerate peft timm triton".split()
-    loaded = {name: getattr(sys.modules[name], "__version__", "") for name in names if name in sys.modules}
-    return {"python": platform.python_version()} | {k: str(v) for k, v in loaded.items() if v}
+    loaded = {name: str(getattr(sys.modules.get(name), "__version__", "")) for name in names}
+    return {"python": platform.python_version()} | {name: text for name, text in loaded.items() if text}
 
 
 @lru_cache(maxsize=1)

@@ -1,4 +1,4 @@
-"""`readrun.chapters.<slug>`: a chapter's definitions, also for worker processes, which import this package."""
+"""`readrun.chapters.<slug>`: a chapter's definitions, also for workers, which import this package."""
 
 from readrun.chapter import install
 
