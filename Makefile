@@ -45,7 +45,7 @@ help:
 setup: $(STAMP)
 
 $(STAMP):
-	@if [ ! -x "$(PY)" ]; then \
+	@if ! "$(PY)" -m pip --version >/dev/null 2>&1; then \
 	  if [ -z "$(PYTHON)" ]; then echo "Read & Run needs Python 3.11 or newer; none was found. PYTHON=/path/to/python names one." >&2; exit 1; fi; \
 	  "$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON) is older than Python 3.11, which Read & Run needs." >&2; exit 1; }; \
 	  "$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || { echo "$(PYTHON) has no ensurepip, so it cannot make an environment. On Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }; \

@@ -12,7 +12,6 @@ import zipfile
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
-import pytest
 import yaml
 from conftest import CHECKOUT
 from packaging.requirements import Requirement
@@ -87,7 +86,6 @@ def test_installed_torch_of_another_build_satisfies_the_pin() -> None:
 
 
 def test_wheel_carries_scripts_papers_and_templates(tmp_path: Path) -> None:
-    pytest.importorskip("setuptools")
     source = tmp_path / "source"
     names = subprocess.run(
         ["git", "ls-files", "-co", "--exclude-standard"], cwd=CHECKOUT, capture_output=True, text=True, check=True
@@ -96,7 +94,6 @@ def test_wheel_carries_scripts_papers_and_templates(tmp_path: Path) -> None:
         if name.startswith(("lib/", "notebooks/", "data/", "pyproject", "README", "LICENSE")) and (CHECKOUT / name).is_file():
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             (source / name).write_bytes((CHECKOUT / name).read_bytes())
-    (source / "notebooks").mkdir(exist_ok=True)
     command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), "."]
     done = subprocess.run(command, cwd=source, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
