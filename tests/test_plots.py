@@ -219,6 +219,7 @@ def test_compare_runs_shows_claims_that_only_one_run_has() -> None:
     html = tables.compare_runs(book, here).data
     assert "reproduced" in html and "weaker" in html and "not run" in html and html.count("<tr>") == 3
     assert "book" not in tables.compare_runs(None, here).data
+    assert "here" not in tables.compare_runs(book, book).data
 
 
 def test_scoreboard_and_front_page_from_rows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,7 +227,8 @@ def test_scoreboard_and_front_page_from_rows(monkeypatch: pytest.MonkeyPatch) ->
     about: dict = {
         "slug": "dr_grpo", "title": "A <title>", "headline": True, "evidence": "toy", "badge": "",
         "error": "", "form": "ratio", "statement": "It holds.", "paper": 2, "where": "Fig. 1", "amended": [],
-        "seconds": 90.0, "device": "GPU", "recorded": "2026-01-02T03:04", "stale": True, "p": 0.01, "survives": True,
+        "seconds": 90.0, "device": "GPU", "recorded": "2026-01-02T03:04", "stale": True, "p": 0.01,
+        "survives": True,
     }  # fmt: skip
     found = {"verdict": "reproduced", "effect": 2.0, "low": 1.9, "high": 2.1, "n": 5, "over": "seed"}
     missing = {"verdict": "not_run", "effect": None, "survives": False, "p": None}

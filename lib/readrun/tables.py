@@ -11,6 +11,7 @@ from typing import Any
 from readrun import paths
 
 Row = Mapping[str, Any]
+OVERVIEW = ("reproduced", "weaker", "contradicted", "inconclusive", "void", "not run", "reported")
 
 
 def html(template: str, **context: Any) -> Any:
@@ -83,8 +84,9 @@ bench = grid  # rows of readrun.bench: what, milliseconds, achieved, limit, peer
 
 
 def compare_runs(book: Any, here: Any) -> Any:
-    """The recorded verdicts (`book` may be None) beside those of another run."""
-    runs = {name: run.claims for name, run in (("book", book), (f"here ({here.profile})", here)) if run}
+    """The recorded verdicts (`book` may be None) beside those of another run; one run is shown once."""
+    both = (("book", book), (f"here ({here.profile})", None if here is book else here))
+    runs = {name: run.claims for name, run in both if run}
     rows: list[dict[str, Any]] = []
     for claim in dict.fromkeys(key for found in runs.values() for key in found):
         rows.append({"claim": claim})
@@ -113,13 +115,20 @@ def scoreboard(rows: Sequence[Row]) -> Any:
     """Every claim of the book by chapter, from `records.scoreboard_rows`."""
     from readrun import records
 
-    pages = []
+    pages, overview = [], []
     for slug, group in groupby(rows, key=lambda row: row["slug"]):
         own = list(group)
         minutes = number(round((own[0].get("seconds") or 0) / 60, 1))
         kept = [row for row in own if "id" in row]
+        count = Counter(row["verdict"].replace("_", " ") for row in own)
+        overview.append({"paper": own[0]["title"], **{w: count[w] for w in OVERVIEW}, "minutes": minutes})
         pages.append({**own[0], "slug": slug, "minutes": minutes, "table": _claims(kept)})
-    return html("scoreboard", chapters=pages, summary=records.scoreboard_summary([dict(r) for r in rows]))
+    return html(
+        "scoreboard",
+        chapters=pages,
+        overview=grid(overview),
+        summary=records.scoreboard_summary([dict(r) for r in rows]),
+    )
 
 
 def statuses(found: Sequence[Row]) -> Any:
