@@ -249,3 +249,26 @@ def test_scoreboard_and_front_page_from_rows(monkeypatch: pytest.MonkeyPatch) ->
         'href="chapters/dr_grpo.html"' in front and "1 reproduced" in front and front.count("planned") == 21
     )
     assert 'href="chapters/unlisted.html"' in front
+
+
+@pytest.mark.parametrize(
+    "remote, address",
+    [
+        ("https://github.com/org/repo.git", "https://github.com/org/repo"),
+        ("git@gitlab.com:org/sub/repo.git", "https://gitlab.com/org/sub/repo"),
+        ("ssh://git@codeberg.org/org/repo", "https://codeberg.org/org/repo"),
+        ("https://user:secret@github.com/org/repo", "https://github.com/org/repo"),
+        ("https://git.example.org/org/repo.git", ""),  # nobody else may reach it
+        ("/srv/git/repo.git", ""),
+        ("", ""),
+    ],
+)
+def test_buttons_lead_to_public_forges_only(remote: str, address: str) -> None:
+    import importlib.util
+
+    file = Path(__file__).parents[1] / "book" / "_ext" / "readrun_book.py"
+    spec = importlib.util.spec_from_file_location("readrun_book", file)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.repository(remote) == address

@@ -121,7 +121,7 @@ def scoreboard(rows: Sequence[Row]) -> Any:
         minutes = number(round((own[0].get("seconds") or 0) / 60, 1))
         kept = [row for row in own if "id" in row]
         count = Counter(row["verdict"].replace("_", " ") for row in own)
-        overview.append({"paper": own[0]["title"], **{w: count[w] for w in OVERVIEW}, "minutes": minutes})
+        overview.append({"chapter": slug, **{w: count[w] for w in OVERVIEW}, "minutes": minutes})
         pages.append({**own[0], "slug": slug, "minutes": minutes, "table": _claims(kept)})
     return html(
         "scoreboard",
