@@ -301,8 +301,9 @@ def publish(store: Path, name: str, key: str, fill: Callable[[Path], object]) ->
     try:
         store.mkdir(parents=True, exist_ok=True)
         for old in store.glob(".tmp-*"):
-            if time.time() - old.stat().st_mtime > 86400:  # of a killed process
-                shutil.rmtree(old, ignore_errors=True)
+            with contextlib.suppress(OSError):  # another process just renamed it
+                if time.time() - old.stat().st_mtime > 86400:  # of a killed process
+                    shutil.rmtree(old)
         fill(temporary)
         if find([store], name, key) is None:
             try:
