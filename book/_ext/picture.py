@@ -30,8 +30,8 @@ def main() -> None:
     for number, shot in enumerate(shots):
         both.paste(shot, (number * shot.width, 0))
     both = both.resize((1800, round(1800 * both.height / both.width)), Image.Resampling.LANCZOS)
-    target = TOP / "book/_static/picture.png"
-    both.quantize(64, dither=Image.Dither.NONE).save(target, optimize=True)
+    target = TOP / "book/_static/picture.webp"
+    both.save(target, quality=82, method=6)
     assert target.stat().st_size < 150_000, target.stat().st_size
 
 
