@@ -83,7 +83,7 @@ sweep: $(STAMP)
 	@$(RUN) --with-parent sweep $(WHICH) --profile "$(PROFILE)" $(SIZES) --workflow $(WORKFLOW) --jobs "$(JOBS)"
 
 compare: $(STAMP)
-	@$(RUN) compare $(CHAPTER) --profile $(PROFILE) $(SIZES)
+	@$(RUN) compare $(CHAPTER)
 
 new: $(STAMP)
 	@$(RUN) new $(CHAPTER)

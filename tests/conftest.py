@@ -76,7 +76,7 @@ def fixture_book(tmp_path: Path) -> FixtureBook:
 
 @pytest.fixture(scope="module")
 def built_book(tmp_path_factory: pytest.TempPathFactory) -> FixtureBook:
-    """A fixture book after ``book --profile smoke``, shared by the tests of one file, which leave it as it was."""
+    """A fixture book after `book --profile smoke`, shared by a file's tests, which leave it as it was."""
     made = FixtureBook(tmp_path_factory.mktemp("built") / "book")
     done = made.book()
     assert done.returncode == 0, done.stdout

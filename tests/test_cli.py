@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 from conftest import CHECKOUT, FixtureBook
-
 from readrun import __main__ as commands
 
 
@@ -25,7 +24,8 @@ def test_a_record_in_parts_survives_a_crash_and_is_completed(fixture_book: Fixtu
     first, second = (
         subprocess.Popen(
             fixture_book.command("record", "alpha", "--out", str(folder), "--only", only, *tar),
-            env=fixture_book.environment | {"FIXTURE_SLEEP": "0.3"}, stdout=subprocess.DEVNULL,
+            env=fixture_book.environment | {"FIXTURE_SLEEP": "0.3"},
+            stdout=subprocess.DEVNULL,
         )  # fmt: skip
         for folder, only, tar in ((out[0], "measure/arm=ours*", ["--tar"]), (out[1], "*arm=base*", []))
     )
@@ -54,7 +54,15 @@ def test_a_record_in_parts_survives_a_crash_and_is_completed(fixture_book: Fixtu
     assert (home.root / "notebooks" / "alpha.ipynb").read_text() == notebook
     home.edit("alpha", "raise RuntimeError('planted')", "here = run.results(metrics=metrics)")
     # a second call brings what was missing
-    last = home.run("record", "alpha", "--out", str(home.root / "three"), "--only", "*arm=base,seed=1*", READRUN_DEVICE="cpu")
+    last = home.run(
+        "record",
+        "alpha",
+        "--out",
+        str(home.root / "three"),
+        "--only",
+        "*arm=base,seed=1*",
+        READRUN_DEVICE="cpu",
+    )
     assert last.returncode == 0, last.stdout
     assert home.run("merge", "alpha", str(home.root / "three")).returncode == 0
     assert [len(record(home)["metrics"]["score"][arm]) for arm in ("ours", "base")] == [2, 2]
@@ -120,7 +128,16 @@ def test_worked_examples_are_held_to_their_committed_output(fixture_book: Fixtur
     assert [output["text"] for outputs in shown for output in outputs] == [["3.0\n"]]
 
     def nbval() -> subprocess.CompletedProcess[str]:
-        command = [*fixture_book.command()[:2], "pytest", "-q", "-p", "no:cacheprovider", "--nbval-lax", "--nbval-current-env", str(made)]
+        command = [
+            *fixture_book.command()[:2],
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "--nbval-lax",
+            "--nbval-current-env",
+            str(made),
+        ]
         environment = fixture_book.environment | {"READRUN_PROFILE": "smoke", "READRUN_HEADLESS": "1"}
         return subprocess.run(command, env=environment, cwd=made.parent, capture_output=True, text=True)
 
@@ -132,7 +149,11 @@ def test_worked_examples_are_held_to_their_committed_output(fixture_book: Fixtur
 
 
 def test_wrong_arguments_are_one_line(fixture_book: FixtureBook) -> None:
-    for arguments in (("sweep", "--chapters", "alpha"), ("book", "--chapters", "none"), ("book", "--profile", "huge")):
+    for arguments in (
+        ("sweep", "--chapters", "alpha"),
+        ("book", "--chapters", "none"),
+        ("book", "--profile", "huge"),
+    ):
         done = fixture_book.run(*arguments)
         assert done.returncode == 2, done.stdout
         assert "Traceback" not in done.stdout and done.stdout.startswith("readrun: "), done.stdout
@@ -140,7 +161,11 @@ def test_wrong_arguments_are_one_line(fixture_book: FixtureBook) -> None:
 
 def test_help_imports_nothing_heavy() -> None:
     code = "import sys; from readrun.__main__ import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
-    code += "print(sorted({'torch', 'numpy', 'scipy', 'matplotlib', 'pydantic', 'jupytext'} & set(sys.modules)))"
+    code += (
+        "print(sorted({'torch', 'numpy', 'scipy', 'matplotlib', 'pydantic', 'jupytext'} & set(sys.modules)))"
+    )
     command = [*FixtureBook.command(None, "")[:1], "-c", code]  # type: ignore[arg-type]
-    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(CHECKOUT / "lib")}, capture_output=True, text=True)
+    done = subprocess.run(
+        command, env=os.environ | {"PYTHONPATH": str(CHECKOUT / "lib")}, capture_output=True, text=True
+    )
     assert done.stdout.rstrip().endswith("[]"), done.stdout

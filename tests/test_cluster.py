@@ -1,5 +1,5 @@
-"""A sweep over a cluster: jobs start in another folder without our environment, one is killed, and the merged sweep
-is what one run with that many seeds gives."""
+"""A sweep over a cluster: jobs start in another folder without our environment, one is killed, and the merged
+sweep is what one run with that many seeds gives."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ import yaml
 from conftest import CHECKOUT, FixtureBook
 
 SUBMIT = """#!/bin/bash
-# a scheduler in miniature: starts the job script elsewhere, detached, with an environment of its own; prints a job id
+# a scheduler in miniature: starts the job script elsewhere, detached, in an environment of its own
 id=job$(date +%s%N)
 cd /
-env -i PATH=/usr/bin:/bin FIXTURE_SLEEP=0.4 setsid bash -c 'echo $$ > "$1.pid"; bash "$2"; echo $? > "$1.code"' job "{folder}/$id" "$1" \
+env -i PATH=/usr/bin:/bin FIXTURE_SLEEP=0.4 \
+    setsid bash -c 'echo $$ > "$1.pid"; bash "$2"; echo $? > "$1.code"' job "{folder}/$id" "$1" \
     >"{folder}/$id.log" 2>&1 </dev/null &
 echo $id
 """
@@ -81,7 +82,7 @@ def test_merged_sweep_equals_one_run(tmp_path: Path) -> None:
     merged = [s for name, s in swept.statuses("alpha").items() if name.endswith("-s0n3")]
     assert merged[0]["started"] >= last
     assert len(swept.units("alpha")) == 6
-    log = (swept.build / "alpha" / "smoke" / next(n for n in swept.statuses("alpha") if n.endswith("-s0n3")))
+    log = swept.build / "alpha" / "smoke" / next(n for n in swept.statuses("alpha") if n.endswith("-s0n3"))
     assert not (log / "units.log").exists(), "the merged run computed units again"
 
 

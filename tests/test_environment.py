@@ -25,7 +25,9 @@ def name_of(text: str) -> str:
 
 def constraints() -> dict[str, str]:
     """{normalised name: exact version} of constraints.txt."""
-    lines = [line for line in (CHECKOUT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    lines = [
+        line for line in (CHECKOUT / "constraints.txt").read_text().splitlines() if not line.startswith("#")
+    ]
     pins = [re.fullmatch(r"([\w.-]+)==([\w.!+-]+)", line) for line in lines]
     assert all(pins), [line for line, pin in zip(lines, pins, strict=True) if not pin]
     return {name_of(pin[1]): pin[2] for pin in pins if pin}
@@ -61,9 +63,14 @@ def test_constraints_are_complete_and_are_what_is_installed() -> None:
             found = distribution(name)
         except PackageNotFoundError:
             continue  # of another platform
-        if sys.version_info[:2] == (3, 11):  # the tested set is that of 3.11; others may need a backport more or less
+        if sys.version_info[:2] == (
+            3,
+            11,
+        ):  # the tested set is that of 3.11; others may need a backport more or less
             installed = found.version.partition("+")[0]  # 2.14.1+cpu is the 2.14.1 that is asked for
-            wrong += [] if pins.get(name) == installed else [f"{name}: {installed}, constraint {pins.get(name)}"]
+            wrong += (
+                [] if pins.get(name) == installed else [f"{name}: {installed}, constraint {pins.get(name)}"]
+            )
         for text in found.requires or []:
             more = Requirement(text)
             if more.marker is None or any(more.marker.evaluate({"extra": e}) for e in (*need.extras, "")):
@@ -88,13 +95,31 @@ def test_installed_torch_of_another_build_satisfies_the_pin() -> None:
 def test_wheel_carries_scripts_papers_and_templates(tmp_path: Path) -> None:
     source = tmp_path / "source"
     names = subprocess.run(
-        ["git", "ls-files", "-co", "--exclude-standard"], cwd=CHECKOUT, capture_output=True, text=True, check=True
+        ["git", "ls-files", "-co", "--exclude-standard"],
+        cwd=CHECKOUT,
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout
     for name in names.split("\n"):
-        if name.startswith(("lib/", "notebooks/", "data/", "pyproject", "README", "LICENSE")) and (CHECKOUT / name).is_file():
+        if (
+            name.startswith(("lib/", "notebooks/", "data/", "pyproject", "README", "LICENSE"))
+            and (CHECKOUT / name).is_file()
+        ):
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             (source / name).write_bytes((CHECKOUT / name).read_bytes())
-    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), "."]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-q",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(tmp_path),
+        ".",
+    ]
     done = subprocess.run(command, cwd=source, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     (wheel,) = tmp_path.glob("readrun-*.whl")
@@ -108,7 +133,7 @@ def test_wheel_carries_scripts_papers_and_templates(tmp_path: Path) -> None:
     zipfile.ZipFile(wheel).extractall(unpacked)
     listed = subprocess.run(
         [sys.executable, "-c", "from readrun import paths; print(*paths.chapters())"], cwd=tmp_path,
-        env={"PYTHONPATH": str(unpacked), "PATH": os.environ["PATH"]}, capture_output=True, text=True, check=True,
+        env={"PYTHONPATH": str(unpacked), "PATH": os.environ["PATH"]}, capture_output=True, text=True,
     ).stdout  # fmt: skip
     assert listed.split() == sorted(s.stem for s in (source / "notebooks").glob("*.py") if s.stem[0] != "_")
 
@@ -118,7 +143,14 @@ def make(tmp_path: Path, python: str, *arguments: str) -> subprocess.CompletedPr
     file = tmp_path / "python"
     file.write_text(f"#!/bin/sh\n{python}\n")
     file.chmod(file.stat().st_mode | stat.S_IXUSR)
-    command = ["make", "--no-print-directory", "setup", f"PYTHON={file}", f"VENV={tmp_path / 'venv'}", *arguments]
+    command = [
+        "make",
+        "--no-print-directory",
+        "setup",
+        f"PYTHON={file}",
+        f"VENV={tmp_path / 'venv'}",
+        *arguments,
+    ]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("MAKE")}
     return subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, env=environment)
 
@@ -148,4 +180,9 @@ def test_generated_folders_are_ignored_and_sources_are_not() -> None:
     ).stdout.split()
     made = ["build/x", "book/_build/html/index.html", ".venv/bin/python", ".snakemake/log/x"]
     assert ask(*made) == made
-    assert ask("book/index.md", "notebooks/alpha.ipynb", "data/results/alpha.gpu.json", "data/media/alpha/x.webp") == []
+    assert (
+        ask(
+            "book/index.md", "notebooks/alpha.ipynb", "data/results/alpha.gpu.json", "data/media/alpha/x.webp"
+        )
+        == []
+    )

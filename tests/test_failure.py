@@ -1,4 +1,4 @@
-"""A chapter that fails, fails alone: a status and a page say how, the others are built, the exit code is not 0."""
+"""A chapter that fails, fails alone: status and page say how, the others are built, the exit code is 1."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 from conftest import FixtureBook
-
 from readrun.execute import _failure
 
 
@@ -25,7 +24,10 @@ def test_raising_cell_fails_alone_today_and_tomorrow(fixture_book: FixtureBook) 
     page = fixture_book.page("gamma")
     assert "did not run to its end: failed in code cell 4" in page and "planted in gamma" in page
     assert "before" in page, "what ran before the failure is not shown"
-    assert [s["state"] for slug in ("alpha", "beta") for s in fixture_book.statuses(slug).values()] == ["ok", "ok"]
+    assert [s["state"] for slug in ("alpha", "beta") for s in fixture_book.statuses(slug).values()] == [
+        "ok",
+        "ok",
+    ]
     assert "sum [10.0]" in fixture_book.page("beta")
     # nothing was touched since: the failure may not turn into "nothing to be done"
     before = fixture_book.executions()
@@ -39,11 +41,16 @@ def test_raising_cell_fails_alone_today_and_tomorrow(fixture_book: FixtureBook) 
 
 @pytest.fixture
 def small_disk(fixture_book: FixtureBook) -> Iterator[Path]:
-    """A file system of 2 MiB where gamma's runs go; where nothing may be mounted, the test that asks is skipped."""
+    """A file system of 2 MiB where gamma's runs go; a skip where nothing may be mounted."""
     folder = fixture_book.build / "gamma"
     folder.mkdir(parents=True)
     mount = shutil.which("mount")
-    if not mount or subprocess.run([mount, "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder], capture_output=True).returncode:
+    if (
+        not mount
+        or subprocess.run(
+            [mount, "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder], capture_output=True
+        ).returncode
+    ):
         pytest.skip("may not mount a file system; see test_full_disk_is_named for the classification alone")
     yield folder
     subprocess.run(["umount", "-l", folder], check=True)
@@ -62,19 +69,29 @@ def test_full_disk_is_named() -> None:
     assert _failure(OSError(errno.EACCES, os.strerror(errno.EACCES)), False, 1.0)["state"] == "failed"
 
 
-@pytest.mark.parametrize(
-    ("fault", "state", "cell"), [("die", "dead_kernel", 4), ("hang", "timeout", 4), ("raise", "failed", 4)]
-)
+@pytest.mark.parametrize(("fault", "state", "cell"), [("die", "dead_kernel", 4), ("hang", "timeout", 4)])
 def test_status_names_state_and_cell(fixture_book: FixtureBook, fault: str, state: str, cell: int) -> None:
     folder = fixture_book.root / "run"
     limit = "12" if fault == "hang" else "100"
     done = fixture_book.run(
-        "execute", "gamma", "--profile", "smoke", "--folder", str(folder), "--limit", limit, FIXTURE_FAULT=fault
+        "execute",
+        "gamma",
+        "--profile",
+        "smoke",
+        "--folder",
+        str(folder),
+        "--limit",
+        limit,
+        FIXTURE_FAULT=fault,
     )
     assert done.returncode == 0, done.stdout  # the status is the result
     status = json.loads((folder / "status.json").read_text())
     assert (status["state"], status["cell"]) == (state, cell), status
-    outputs = [cell["outputs"] for cell in json.loads((folder / "executed.ipynb").read_text())["cells"] if cell.get("outputs")]
+    outputs = [
+        cell["outputs"]
+        for cell in json.loads((folder / "executed.ipynb").read_text())["cells"]
+        if cell.get("outputs")
+    ]
     assert "before" in json.dumps(outputs), "the partial notebook lost what ran"
     assert not (folder / "status.part").exists()
 
@@ -96,8 +113,10 @@ def test_corrupt_data_record_and_syntax_fail_their_chapters(fixture_book: Fixtur
 
 
 def test_no_status_at_all_is_a_failure(fixture_book: FixtureBook) -> None:
-    """An execution that ends before it can say anything: here no kernel and no interpreter can start."""
-    fixture_book.edit("alpha", 'print(f"{score', "import signal; os.kill(os.getppid(), signal.SIGKILL)\nprint(f\"{score")
+    """An execution that ends before it can say anything: here a cell kills it."""
+    fixture_book.edit(
+        "alpha", 'print(f"{score', 'import signal; os.kill(os.getppid(), signal.SIGKILL)\nprint(f"{score'
+    )
     done = fixture_book.book("--chapters", "alpha")
     assert done.returncode == 1 and "without a status" in done.stdout
     assert "did not run to its end: lost" in fixture_book.page("alpha")

@@ -25,7 +25,9 @@ def test_pages_have_no_traces_of_the_execution(built_book: FixtureBook) -> None:
     staged = json.loads((built_book.build / "book" / "chapters" / "alpha.ipynb").read_text())
     assert all("papermill" not in json.dumps(cell["metadata"]) for cell in staged["cells"])
     assert "injected-parameters" not in json.dumps(staged)
-    assert str(built_book.build / "alpha") not in json.dumps(staged), "the injected cell's `out` is on the page"
+    assert str(built_book.build / "alpha") not in json.dumps(staged), (
+        "the injected cell's `out` is on the page"
+    )
     assert "widgets" not in staged["metadata"]
 
 
@@ -37,12 +39,17 @@ def test_media_of_a_run_are_reached_from_the_page(built_book: FixtureBook) -> No
 def test_table_of_contents_lists_the_chapters_that_exist(built_book: FixtureBook) -> None:
     toc = (built_book.build / "book" / "_toc.yml").read_text()
     assert "not_written" not in toc and "Empty so far" not in toc
-    assert toc.index("Reasoning") < toc.index("chapters/beta") < toc.index("chapters/alpha") < toc.index("More")
+    assert (
+        toc.index("Reasoning") < toc.index("chapters/beta") < toc.index("chapters/alpha") < toc.index("More")
+    )
     assert toc.index("More") < toc.index("chapters/gamma")  # its part is in no entry
 
 
 def test_nothing_changed_executes_and_builds_nothing(built_book: FixtureBook) -> None:
-    before, pages = built_book.executions(), {p: p.stat().st_mtime_ns for p in built_book.html.rglob("*.html")}
+    before, pages = (
+        built_book.executions(),
+        {p: p.stat().st_mtime_ns for p in built_book.html.rglob("*.html")},
+    )
     started = time.monotonic()
     done = built_book.book()
     assert done.returncode == 0, done.stdout
@@ -108,9 +115,10 @@ def test_narrowing_to_chapters_and_seeds(built_book: FixtureBook) -> None:
 
 
 def test_recorded_edition_executes_nothing(fixture_book: FixtureBook) -> None:
-    notebook = {"cells": [{"cell_type": "code", "metadata": {}, "execution_count": 3, "outputs": [
-        {"output_type": "stream", "name": "stdout", "text": ["recorded on a GPU\n"]}],
-        "source": '# NBVAL_CHECK_OUTPUT\nprint(f"{score([1.0, 2.0, 6.0]):.1f}")'}], "metadata": {}}  # fmt: skip
+    cell = {"cell_type": "code", "metadata": {}, "execution_count": 3}
+    cell["source"] = '# NBVAL_CHECK_OUTPUT\nprint(f"{score([1.0, 2.0, 6.0]):.1f}")'
+    cell["outputs"] = [{"output_type": "stream", "name": "stdout", "text": ["recorded on a GPU\n"]}]
+    notebook = {"cells": [cell], "metadata": {}}
     fixture_book.script("alpha").with_suffix(".ipynb").write_text(json.dumps(notebook))
     done = fixture_book.book("--edition", "recorded")
     assert done.returncode == 0, done.stdout

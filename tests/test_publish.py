@@ -11,13 +11,20 @@ import yaml
 from conftest import FixtureBook
 from hypothesis import given
 from hypothesis import strategies as st
-
 from readrun import publish
 
 
-def code(source: str, *outputs: dict[str, Any], count: int | None = 1, tags: tuple[str, ...] = ()) -> dict[str, Any]:
+def code(
+    source: str, *outputs: dict[str, Any], count: int | None = 1, tags: tuple[str, ...] = ()
+) -> dict[str, Any]:
     metadata = {"tags": list(tags)} if tags else {}
-    return {"cell_type": "code", "source": source, "metadata": metadata, "outputs": list(outputs), "execution_count": count}
+    return {
+        "cell_type": "code",
+        "source": source,
+        "metadata": metadata,
+        "outputs": list(outputs),
+        "execution_count": count,
+    }
 
 
 def stream(text: str, name: str = "stdout") -> dict[str, Any]:
@@ -32,7 +39,11 @@ def test_join_is_by_exact_source() -> None:
 
 
 def test_join_drops_the_injected_cell_widget_views_and_progress_bars() -> None:
-    view = {"output_type": "display_data", "data": {publish.WIDGET: {}, "text/plain": ["HBox()"]}, "metadata": {}}
+    view = {
+        "output_type": "display_data",
+        "data": {publish.WIDGET: {}, "text/plain": ["HBox()"]},
+        "metadata": {},
+    }
     bar, warning = stream("\r 10%\r 20%", "stderr"), stream("UserWarning: careful", "stderr")
     injected = code("profile = 1", stream("injected"), tags=("injected-parameters",))
     today = {"cells": [code("profile = 1", count=None), code("x", count=None)]}
@@ -52,7 +63,9 @@ def test_join_never_moves_an_output_to_another_source(then: list[str], now: list
     for source in set(now):  # equal sources: in order, none twice
         own = [text for text in used if text[0] == source]
         assert own == sorted(set(own))
-    assert missing == len(now) - len(used) == len(now) - sum(min(then.count(s), now.count(s)) for s in set(now))
+    assert (
+        missing == len(now) - len(used) == len(now) - sum(min(then.count(s), now.count(s)) for s in set(now))
+    )
 
 
 def test_toc_has_chapters_that_exist_by_part() -> None:
@@ -127,22 +140,30 @@ def test_pair_drops_outputs_of_changed_cells_and_keeps_the_others(here: FixtureB
 
 
 def test_worked_examples_get_outputs_from_this_machine_and_nbval_sees_them_alone(here: FixtureBook) -> None:
-    example = next(c for c in json.loads(publish.paired("alpha"))["cells"] if "NBVAL_CHECK" in "".join(c["source"]))
+    example = next(
+        c for c in json.loads(publish.paired("alpha"))["cells"] if "NBVAL_CHECK" in "".join(c["source"])
+    )
     other = "import os"
     folder = publish.run_folder("alpha", "cpu")
     folder.mkdir(parents=True)
     script = publish.source_notebook("alpha")
     for cell in script["cells"]:
-        if cell["cell_type"] == "code" and (cell["source"] == "".join(example["source"]) or other in cell["source"]):
+        if cell["cell_type"] == "code" and (
+            cell["source"] == "".join(example["source"]) or other in cell["source"]
+        ):
             cell |= {"outputs": [stream("3.0\n")], "execution_count": 2}
     (folder / "executed.ipynb").write_text(json.dumps(script))
-    found = {"".join(c["source"])[:9]: c["outputs"] for c in json.loads(publish.paired("alpha"))["cells"] if c.get("outputs")}
+    found = {
+        "".join(c["source"])[:9]: c["outputs"]
+        for c in json.loads(publish.paired("alpha"))["cells"]
+        if c.get("outputs")
+    }
     assert found == {"# NBVAL_C": [stream("3.0\n")]}, "an ordinary cell took the output of another profile"
 
 
 def test_top_heading_stays_first_and_the_failure_follows(here: FixtureBook, tmp_path: Path) -> None:
     status = {"state": "dead_kernel", "error": "it ~~~ died", "traceback": "```\nFile x", "cell": 3}
-    publish.page("alpha", "executed", tmp_path, status, tmp_path / "stage")
+    publish.page("alpha", tmp_path, status, False, tmp_path / "stage")
     first = "".join(json.loads((tmp_path / "stage/chapters/alpha.ipynb").read_text())["cells"][0]["source"])
     assert first.startswith("# Alpha\n\n``````{admonition}") and "dead kernel in code cell 3" in first
     assert first.rstrip().endswith("Prose of alpha.")

@@ -1,7 +1,6 @@
 """One execution of one chapter: papermill in a kernel of our own, a time limit, and always a status file.
 
-A failing chapter is a *result* of :func:`execute`, not an exception: the status says what happened and the page
-shows it. Only programming errors in this module raise.
+A failing chapter is a *result* of `execute`, not an exception: the status says so and the page shows it.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ import re
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,25 +22,26 @@ from typing import Any
 
 from readrun import content, kernel, paths
 
-# Seconds for a whole notebook. About eight times what a chapter may take (20 s, 120 s, 40 min of units), so that
-# a slow machine is not a failure but an endless loop is one.
+# Seconds for a whole notebook: about ten times what a chapter may take, so that a slow machine is no
+# failure but an endless loop is one.
 LIMITS = {"smoke": 240, "cpu": 1200, "gpu": 5400}
 RESERVE = 1 << 16  # bytes held from the start for the status, so that a full disk can still be reported
-ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def run_folder(slug: str, profile: str, seed: int = 0, seeds: int = 0) -> Path:
-    """Where a run of today's sources belongs: ``build/<slug>/<profile>/<content>-<render>[-s<seed>n<seeds>]``."""
+    """Where a run of today's sources belongs: build/<slug>/<profile>/<content>-<render>[-s<seed>n<seeds>]."""
     try:
         keys = content.content_key(slug, {"profile": profile})[:12], content.render_key(slug)[:12]
-    except Exception:  # a cell or file that cannot be read fails its chapter, when it is executed, not the book
+    except (
+        Exception
+    ):  # a cell or file that cannot be read fails its chapter, when it is executed, not the book
         keys = "unreadable", paths.file_sha256(paths.notebook(slug))[:12]
     narrowed = f"-s{seed}n{seeds}" if seed or seeds else ""
     return paths.build() / slug / profile / ("-".join(keys) + narrowed)
 
 
 def read_status(folder: Path) -> dict[str, Any] | None:
-    """The status that an execution left in ``folder``; None where there is none or it is not whole."""
+    """The status that an execution left in `folder`; None where there is none or it is not whole."""
     try:
         return json.loads((folder / "status.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -48,26 +49,19 @@ def read_status(folder: Path) -> dict[str, Any] | None:
 
 
 def environment(profile: str, checkpoint: str = "") -> dict[str, str]:
-    """Environment variables of the kernel: one core, no network, no window, a fixed hash seed.
-
-    The network stays reachable only where ``checkpoint`` names a model on the hub, that is no folder here.
-    """
-    one = {} if profile == "gpu" else {k: "1" for k in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+    """Environment of the kernel: one core, no window, fixed hashes; network only for a hub id."""
+    one = () if profile == "gpu" else ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
     offline = "0" if checkpoint and not Path(checkpoint).exists() else "1"
-    lib = str(Path(__file__).resolve().parents[1])
-    return one | {
-        "HF_HUB_OFFLINE": offline,
-        "HF_DATASETS_OFFLINE": offline,
-        "TOKENIZERS_PARALLELISM": "false",
-        "PYTHONHASHSEED": "0",
-        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
-        "READRUN_HEADLESS": "1",
-        "PYTHONPATH": os.pathsep.join(p for p in (lib, os.environ.get("PYTHONPATH", "")) if p),
-    }
+    inherited = [os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else []
+    return dict.fromkeys(one, "1") | {
+        "HF_HUB_OFFLINE": offline, "HF_DATASETS_OFFLINE": offline, "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONHASHSEED": "0", "CUBLAS_WORKSPACE_CONFIG": ":4096:8", "READRUN_HEADLESS": "1",
+        "PYTHONPATH": os.pathsep.join([str(paths.library().parent), *inherited]),
+    }  # fmt: skip
 
 
 class Watch(threading.Thread):
-    """Peak memory of this process's children, and their end when the time is up."""
+    """Peak memory (bytes) of this process's children, and their end when `limit` seconds are over."""
 
     def __init__(self, limit: float) -> None:
         super().__init__(daemon=True)
@@ -79,63 +73,60 @@ class Watch(threading.Thread):
         me, start = psutil.Process(), time.monotonic()
         while not self.done.wait(0.2):
             family, total = me.children(recursive=True), 0
+            self.expired = time.monotonic() - start > self.limit
             for child in family:
                 with contextlib.suppress(psutil.Error):
                     total += child.memory_info().rss
-            self.peak = max(self.peak, total)
-            if time.monotonic() - start > self.limit:
-                self.expired = True
-                for child in family:
-                    with contextlib.suppress(psutil.Error):
+                    if self.expired:
                         child.kill()
+            self.peak = max(self.peak, total)
 
 
 @contextlib.contextmanager
 def _into(log: Path) -> Iterator[None]:
-    """Send this process's and its children's output to the file ``log``, also what C code prints as it crashes."""
+    """Send this process's and its children's output to the file `log`, also what crashing C code prints."""
     keep = os.dup(1), os.dup(2)
     with open(log, "ab", buffering=0) as stream:
-        os.dup2(stream.fileno(), 1), os.dup2(stream.fileno(), 2)
         try:
+            for number in (1, 2):
+                os.dup2(stream.fileno(), number)
             yield
         finally:
-            os.dup2(keep[0], 1), os.dup2(keep[1], 2)
-            os.close(keep[0]), os.close(keep[1])
+            for number, old in enumerate(keep, 1):
+                os.dup2(old, number)
+                os.close(old)
 
 
 def _failure(error: BaseException, expired: bool, limit: float) -> dict[str, str]:
     """Name what went wrong: the state, one line, and the traceback without terminal colours."""
-    import traceback
-
     lines = getattr(error, "traceback", None)
     text = "\n".join(lines) if isinstance(lines, list) else "".join(traceback.format_exception(error))
     name = getattr(error, "ename", None) or type(error).__name__
-    value = str(getattr(error, "evalue", None) or error)
+    value, state = str(getattr(error, "evalue", None) or error), "failed"
     if expired:
         state, name, value, text = "timeout", "TimeoutError", f"stopped after {limit:.0f} s", ""
     elif name == "DeadKernelError":
-        state, value, text = "dead_kernel", "the notebook's process ended (out of memory, or a crash in native code)", ""
+        state, text = "dead_kernel", ""
+        value = "the notebook's process ended (out of memory, or a crash in native code)"
     elif getattr(error, "errno", None) == errno.ENOSPC or f"[Errno {errno.ENOSPC}]" in value:
         state = "disk_full"
     elif re.search(r"sha256|checksum|corrupt", value):
         state = "corrupt_data"
-    else:
-        state = "failed"
-    return {"state": state, "error": f"{name}: {value}"[:2000], "traceback": ANSI.sub("", text)[-20_000:]}
+    text = re.sub(r"\x1b\[[0-9;]*m", "", text)[-20_000:]
+    return {"state": state, "error": f"{name}: {value}"[:2000], "traceback": text}
 
 
-def _where(executed: Path, error: BaseException, cells: list[Any]) -> dict[str, Any]:
-    """The number of the code cell that was running (1-based, as the page counts them) and its first lines."""
+def _where(executed: Path, error: BaseException, slug: str) -> int | None:
+    """Number, from 1, of the code cell that was running: the one that raised, else the last that began."""
     source = getattr(error, "source", None)
-    if source is None:
-        try:
-            done = json.loads(executed.read_text(encoding="utf-8"))["cells"]
-            begun = [c for c in done if c["cell_type"] == "code" and c["metadata"]["papermill"]["start_time"]]
-            source = "".join(begun[-1]["source"]) if begun else None
-        except (OSError, ValueError, KeyError):  # nothing ran, or the disk was full
-            source = None
-    numbers = [i for i, cell in enumerate(cells, 1) if cell.source == source]
-    return {"cell": numbers[0] if numbers else None, "source": (source or "")[:400]}
+    with contextlib.suppress(OSError, ValueError, KeyError):  # nothing ran, or the disk was full
+        done = json.loads(executed.read_text(encoding="utf-8"))["cells"]
+        begun = [c for c in done if c["cell_type"] == "code" and c["metadata"]["papermill"]["start_time"]]
+        source = source or ("".join(begun[-1]["source"]) if begun else None)
+    with contextlib.suppress(OSError, ValueError):
+        code = [cell.source for cell in content.cells(slug) if cell.kind == "code"]
+        return code.index(source) + 1 if source in code else None
+    return None
 
 
 def execute(
@@ -150,27 +141,33 @@ def execute(
     parameters: dict[str, Any] | None = None,
     expect: str = "",
 ) -> dict[str, Any]:
-    """Execute chapter ``slug`` in ``folder`` and return its status, which is also in ``folder/status.json``.
+    """Execute chapter `slug` in `folder` and return its status, which is also in `folder/status.json`.
 
-    ``limit``: seconds, by default $READRUN_LIMIT or those of the profile. ``parameters``: more notebook parameters. ``expect``: the
-    folder name that today's sources should give; where an edit since has changed it nothing is executed, because
-    outputs of the new sources do not belong under the old key. The executed notebook, whole or partial, is
-    ``executed.ipynb``; what cells printed is in ``log.txt``.
+    `limit`: seconds, by default $READRUN_LIMIT or those of the profile. `parameters`: more notebook
+    parameters. `expect`: the folder name that today's sources should give; where an edit since has changed
+    it nothing is executed, because outputs of the new sources do not belong under the old key. The executed
+    notebook, whole or partial, is `executed.ipynb`; what cells printed is in `log.txt`.
     """
     from readrun import publish
 
     os.environ.update(kernel.install(paths.build() / ".jupyter"))
     folder.mkdir(parents=True, exist_ok=True)
-    status_file, reserve, executed = folder / "status.json", folder / "status.part", folder / "executed.ipynb"
-    status_file.unlink(missing_ok=True)
-    executed.unlink(missing_ok=True)
+    status_file, reserve, executed = (folder / n for n in ("status.json", "status.part", "executed.ipynb"))
+    for old in (status_file, executed):
+        old.unlink(missing_ok=True)
     limit = limit or float(os.environ.get("READRUN_LIMIT") or LIMITS[profile])
-    started, clock = datetime.now(UTC).isoformat(timespec="seconds"), time.monotonic()
+    started, clock, watch = datetime.now(UTC).isoformat(timespec="seconds"), time.monotonic(), Watch(limit)
     device = "auto" if profile == "gpu" and only != "none" else "cpu"
-    given = {"profile": profile, "seed": seed, "seeds": seeds, "device": device, "only": only, "out": str(folder)}
+    given = {
+        "profile": profile,
+        "seed": seed,
+        "seeds": seeds,
+        "device": device,
+        "only": only,
+        "out": str(folder),
+    }
     given |= parameters or {}
-    outcome: dict[str, Any] = {"state": "ok", "error": "", "traceback": "", "cell": None, "source": ""}
-    watch = Watch(limit)
+    outcome: dict[str, Any] = {"state": "ok", "error": "", "traceback": "", "cell": None}
     try:
         reserve.write_bytes(b" " * RESERVE)
         if expect and run_folder(slug, profile, seed, seeds).name != expect:
@@ -180,24 +177,25 @@ def execute(
         paths.write_atomic(folder / "input.ipynb", publish.write(notebook))
         watch.start()
         with _into(folder / "log.txt"):
-            logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr, force=True)
+            logging.basicConfig(
+                level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr, force=True
+            )
             import papermill
 
             os.environ.update(environment(profile, str(given.get("checkpoint", ""))))
             papermill.execute_notebook(
-                folder / "input.ipynb", executed, given, kernel_name="readrun", progress_bar=False, log_output=True,
-                cwd=paths.notebook(slug).parent,
+                folder / "input.ipynb", executed, given, kernel_name="readrun", progress_bar=False,
+                log_output=True, cwd=paths.notebook(slug).parent,
             )  # fmt: skip
     except Exception as error:  # whatever it was, it belongs to this chapter alone
-        outcome |= _failure(error, watch.expired, limit)
-        cells = [c for c in content.cells(slug) if c.kind == "code"] if paths.notebook(slug).exists() else []
-        outcome |= _where(executed, error, cells)
+        outcome |= _failure(error, watch.expired, limit) | {"cell": _where(executed, error, slug)}
     watch.done.set()
     status = {"slug": slug, "started": started, "seconds": round(time.monotonic() - clock, 2)} | outcome
     status |= {"peak_ram_gib": round(watch.peak / 2**30, 3), "parameters": given}
-    text = json.dumps(status, indent=1)
-    with open(reserve, "r+b" if reserve.exists() else "wb") as stream:  # over the reserved blocks: no new space
-        stream.write(text.encode())
+    with open(
+        reserve, "r+b" if reserve.exists() else "wb"
+    ) as stream:  # over the reserved blocks: no new space
+        stream.write(json.dumps(status, indent=1).encode())
         stream.truncate()
     reserve.replace(status_file)
     return status

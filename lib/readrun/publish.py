@@ -1,8 +1,8 @@
 """From executions to pages: join outputs with today's prose, stage the book's sources, build the HTML.
 
 An output is shown only under a code cell whose source is, character for character, the one that produced it.
-Everything is staged into a fresh folder and then copied file by file where contents differ, so that Sphinx sees
-new time stamps only on pages that changed, and a run killed in the middle leaves nothing half written.
+Everything is staged into a fresh folder and copied from there where contents differ, so that Sphinx sees new
+time stamps only on pages that changed.
 """
 
 from __future__ import annotations
@@ -23,32 +23,30 @@ from typing import Any
 from readrun import content, kernel, paths
 from readrun.execute import read_status, run_folder
 
+Notebook = Mapping[str, Any]  # as in the file: nbformat 4, a cell's source as text or as lines
 WIDGET = "application/vnd.jupyter.widget-view+json"
-KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 
 
 def source_notebook(slug: str) -> dict[str, Any]:
-    """Today's chapter as a notebook (nbformat 4.5) without outputs, from its script.
-
-    Cell ids are counted: random ones would never be in step, and a page would differ without a reason.
-    """
+    """Today's chapter without outputs; cell ids are counted, random ones would never be in step."""
     cells = []
     for number, cell in enumerate(content.cells(slug)):
-        made = {"cell_type": cell.kind, "id": f"{slug}-{number}".replace("_", "-"), "source": cell.source}
-        made["metadata"] = {"tags": list(cell.tags)} if cell.tags else {}
+        made: dict[str, Any] = {"cell_type": cell.kind, "id": f"{slug}-{number}".replace("_", "-")}
+        made |= {"source": cell.source, "metadata": {"tags": list(cell.tags)} if cell.tags else {}}
         cells.append(made | ({"execution_count": None, "outputs": []} if cell.kind == "code" else {}))
-    metadata = {"kernelspec": dict(KERNEL), "language_info": {"name": "python"}}
+    spec = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    metadata = {"kernelspec": spec, "language_info": {"name": "python"}}
     return {"cells": cells, "metadata": metadata, "nbformat": 4, "nbformat_minor": 5}
 
 
-def write(notebook: Mapping[str, Any]) -> str:
+def write(notebook: Notebook) -> str:
     """Text of a notebook file, sources line by line as Jupyter writes them, so that diffs are small."""
     lined = [cell | {"source": _text(cell).splitlines(keepends=True)} for cell in notebook["cells"]]
     return json.dumps({**notebook, "cells": lined}, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
 
 
 def load(file: Path) -> dict[str, Any]:
-    """A notebook file as a plain dict; an empty notebook where there is none or it is not whole."""
+    """A notebook file; an empty notebook where there is none or it is not whole."""
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -56,84 +54,57 @@ def load(file: Path) -> dict[str, Any]:
 
 
 def _text(cell: Mapping[str, Any]) -> str:
-    return cell["source"] if isinstance(cell["source"], str) else "".join(cell["source"])
+    return "".join(cell["source"])
 
 
-def join(today: Mapping[str, Any], executed: Mapping[str, Any]) -> int:
-    """Put outputs of ``executed`` under the equal code cells of ``today`` that have none; return how many have none.
+def _code(notebook: Notebook) -> list[dict[str, Any]]:
+    return [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
 
-    Cells with the same source are matched in order. Papermill's injected cell equals no cell of a script and so
-    disappears, and so do widget views, which need a kernel, and progress bars.
+
+def join(today: Notebook, executed: Notebook) -> int:
+    """Put outputs of `executed` under the equal code cells of `today` that have none; return how many have
+    none.
+
+    Cells with the same source are matched in order. Papermill's injected cell equals no cell of a script and
+    so disappears, and so do widget views, which need a kernel, and progress bars.
     """
     found = defaultdict(list)
-    for cell in executed["cells"]:
-        if cell["cell_type"] == "code" and "injected-parameters" not in cell["metadata"].get("tags", []):
+    for cell in _code(executed):
+        if "injected-parameters" not in cell["metadata"].get("tags", []):
             found[_text(cell)].append(cell)
-    missing = 0
-    for cell in today["cells"]:
-        match = found[_text(cell)].pop(0) if cell["cell_type"] == "code" and found[_text(cell)] else None
-        if match and match.get("execution_count") is not None and cell["execution_count"] is None:
+    for cell in _code(today):
+        match = found[_text(cell)].pop(0) if found[_text(cell)] else {}
+        if match.get("execution_count") is not None and cell["execution_count"] is None:
             cell["execution_count"] = match["execution_count"]
-            cell["outputs"] = [o for o in match["outputs"] if _keep(o)]
-        missing += cell["cell_type"] == "code" and cell["execution_count"] is None
-    return missing
+            cell["outputs"] = [output for output in match["outputs"] if _keep(output)]
+    return sum(cell["execution_count"] is None for cell in _code(today))
 
 
 def _keep(output: Mapping[str, Any]) -> bool:
-    if output["output_type"] == "stream" and output["name"] == "stderr":
-        return "\r" not in "".join(output["text"])
-    return WIDGET not in output.get("data", {})
+    bar = output["output_type"] == "stream" and output["name"] == "stderr" and "\r" in "".join(output["text"])
+    return not bar and WIDGET not in output.get("data", {})
 
 
-def paired(slug: str, executed: Mapping[str, Any] | None = None, only_checked: bool = False) -> str:
-    """Text of ``notebooks/<slug>.ipynb``: today's cells, with the outputs that still belong to them.
+def paired(slug: str, executed: Notebook | None = None, only_checked: bool = False) -> str:
+    """Text of `notebooks/<slug>.ipynb`: today's cells, with the outputs that still belong to them.
 
-    ``executed``: take outputs from there instead of from the committed file. Worked examples print the same in
-    every profile, so those without an output get it from an execution on this machine. ``only_checked``: keep the
-    outputs of worked examples alone (what nbval compares).
+    `executed`: take outputs from there instead of from the committed file. Worked examples print the same in
+    every profile, so those without an output get it from an execution on this machine. `only_checked`: keep
+    the outputs of worked examples alone (what nbval compares).
     """
     notebook = source_notebook(slug)
     join(notebook, executed or load(paths.notebook(slug).with_suffix(".ipynb")))
-    local = [load(run_folder(slug, profile) / "executed.ipynb") for profile in ("cpu", "smoke")]
-    for run in local:
-        checked = [c for c in run["cells"] if "NBVAL_CHECK_OUTPUT" in _text(c)]
-        join(notebook, {"cells": checked})
-    for cell in notebook["cells"] if only_checked else []:
-        if cell["cell_type"] == "code" and "NBVAL_CHECK_OUTPUT" not in cell["source"]:
-            cell["outputs"] = []
+    for profile in ("cpu", "smoke"):
+        run = _code(load(run_folder(slug, profile) / "executed.ipynb"))
+        join(notebook, {"cells": [cell for cell in run if "NBVAL_CHECK_OUTPUT" in _text(cell)]})
+    for cell in _code(notebook) if only_checked else []:
+        cell["outputs"] = cell["outputs"] if "NBVAL_CHECK_OUTPUT" in _text(cell) else []
     return write(notebook)
-
-
-def _failure(status: Mapping[str, Any]) -> str:
-    """The admonition of a page whose execution did not end well."""
-    place = f" in code cell {status['cell']}" if status.get("cell") else ""
-    trace = f"\n\n~~~~~~text\n{status['traceback'].strip()}\n~~~~~~" if status.get("traceback", "").strip() else ""
-    title = f"This chapter did not run to its end: {status['state'].replace('_', ' ')}{place}"
-    body = f"~~~~~~text\n{status.get('error', '')}\n~~~~~~{trace}\n\nWhat ran before it is shown below."
-    return f"``````{{admonition}} {title}\n:class: error\n\n{body}\n``````"
-
-
-def _notes(slug: str, status: Mapping[str, Any] | None, missing: int) -> list[str]:
-    """What a reader must know before reading the page: it failed, it was not run, its record is old."""
-    notes = []
-    if status and status["state"] != "ok":
-        notes.append(_failure(status))
-    elif missing:
-        what = "executed" if status else "recorded"
-        notes.append(f":::{{warning}}\n{missing} code cells have changed since this chapter was {what}, or never were;"
-                     " they show no output.\n:::")  # fmt: skip
-    if not record_problem(slug):
-        from readrun import records
-
-        record = records.load(slug)
-        if record is not None and record.stale:
-            notes.append(":::{warning}\nThe recorded GPU results are **stale**: other code than this made them.\n:::")
-    return notes
 
 
 @lru_cache
 def record_problem(slug: str) -> str:
-    """Why the committed record of ``slug`` cannot be read; empty where it can, or where there is none."""
+    """Why the committed record cannot be read; empty where it can, or where there is none."""
     from readrun import records
 
     try:
@@ -144,37 +115,59 @@ def record_problem(slug: str) -> str:
     return ""
 
 
-def page(slug: str, edition: str, folder: Path, status: Mapping[str, Any] | None, stage: Path) -> None:
-    """Write ``chapters/<slug>.ipynb`` and its media below ``stage``.
+def _notes(slug: str, status: Mapping[str, Any] | None, missing: int) -> list[str]:
+    """What a reader must know before reading the page: it failed, parts were not run, its record is old."""
+    from readrun import records
 
-    ``folder`` and ``status`` are those of the execution; without a status the committed outputs are shown.
+    notes = []
+    if status and status["state"] != "ok":
+        texts = [status["error"], status.get("traceback", "").strip()]
+        place = f" in code cell {status['cell']}" if status.get("cell") else ""
+        title = f"This chapter did not run to its end: {status['state'].replace('_', ' ')}{place}"
+        body = "\n\n".join(f"~~~~~~text\n{text}\n~~~~~~" for text in texts if text)
+        notes.append(f"``````{{admonition}} {title}\n:class: error\n\n{body}\n``````")
+    elif missing:
+        since = f"have changed since this chapter was {'executed' if status else 'recorded'}, or never were"
+        notes.append(f":::{{warning}}\n{missing} code cells {since}; they show no output.\n:::")
+    record = None if record_problem(slug) else records.load(slug)
+    if record is not None and record.stale:
+        notes.append(
+            ":::{warning}\nThe recorded GPU results are **stale**: other code than this made them.\n:::"
+        )
+    return notes
+
+
+def page(slug: str, folder: Path, status: Mapping[str, Any] | None, recorded: bool, stage: Path) -> None:
+    """Write `chapters/<slug>.ipynb` and its media below `stage`, with the outputs of the execution in
+    `folder`.
+
+    `recorded`: with the committed outputs instead.
     """
     from readrun import media
 
     notebook = source_notebook(slug)
-    recorded = edition == "recorded" or not status
-    missing = join(notebook, load(paths.notebook(slug).with_suffix(".ipynb") if recorded else folder / "executed.ipynb"))
-    notes = _notes(slug, status, missing)
+    executed = paths.notebook(slug).with_suffix(".ipynb") if recorded else folder / "executed.ipynb"
+    notes = _notes(slug, status, join(notebook, load(executed)))
     for cell in notebook["cells"] if notes else []:
         if cell["cell_type"] == "markdown":  # after its heading, which stays the page's first line
-            head, _, rest = _text(cell).partition("\n")
+            head, _, rest = cell["source"].partition("\n")
             cell["source"] = "\n\n".join([head, *notes, rest])
             break
-    static = stage / "_static" / "media"
-    for source in (paths.media(slug), folder / "media") if not recorded else (paths.media(slug),):
+    static = stage / "_static" / "media" / slug
+    for source in [paths.media(slug)] if recorded else [paths.media(slug), folder / "media"]:
         if source.is_dir():
-            shutil.copytree(source, static / slug, dirs_exist_ok=True)
+            shutil.copytree(source, static, dirs_exist_ok=True)
     for cell in notebook["cells"]:
-        cell["source"] = _text(cell).replace("readrun-media:", "../_static/media/")
-    media.stage(notebook, static / slug / "figures", f"../_static/media/{slug}/figures", "../_static/media")
+        cell["source"] = cell["source"].replace("readrun-media:", "../_static/media/")
+    media.stage(notebook, static / "figures", f"../_static/media/{slug}/figures", "../_static/media")
     paths.write_atomic(stage / "chapters" / f"{slug}.ipynb", write(notebook))
 
 
 def toc(text: str, parts: Mapping[str, str]) -> str:
-    """Today's table of contents: ``text`` of ``book/_toc.yml`` with the chapters that exist, by part.
+    """Today's table of contents: `text` of `book/_toc.yml` with the chapters that exist, by part.
 
-    ``parts``: {slug: part of its paper file}. A listed chapter that does not exist is left out; one that exists
-    and is not listed joins the part whose own key ``part`` names it, else a last part "More".
+    `parts`: {slug: part of its paper file}. A listed chapter that does not exist is left out; one that
+    exists and is not listed joins the part whose own key `part` names it, else a last part "More".
     """
     import yaml
 
@@ -187,7 +180,8 @@ def toc(text: str, parts: Mapping[str, str]) -> str:
         if file not in listed:
             by_part.get(part or "?", more)["chapters"].append({"file": file})
     for group in groups:
-        group["chapters"] = [e for e in group["chapters"] if e["file"] in there or not e["file"].startswith("chapters/")]
+        kept = [e for e in group["chapters"] if e["file"] in there or not e["file"].startswith("chapters/")]
+        group["chapters"] = kept
     tree["parts"] = [group for group in groups if group["chapters"]]
     return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
 
@@ -201,73 +195,78 @@ def _part(slug: str) -> str:
         return ""  # a broken paper file fails its chapter and the contract tests, not the table of contents
 
 
-def stage_book(edition: str, statuses: Mapping[str, Mapping[str, Any]], profile: str, seed: int, seeds: int) -> Path:
-    """Stage all sources of the book in ``build/book`` and return that folder.
+def stage_book(
+    statuses: Mapping[str, Mapping[str, Any]], folders: Mapping[str, Path], recorded: bool
+) -> Path:
+    """Stage all sources of the book in `build/book` and return that folder.
 
-    ``statuses``: {slug: status of this run}; other chapters show what an earlier run of today's sources left,
-    else their committed outputs.
+    `statuses`: {slug: status of this run}, `folders`: {slug: where today's run belongs}. A chapter without a
+    status shows what an earlier run of today's sources left in its folder, else, as with `recorded`, its
+    committed outputs.
     """
-    book, fresh = paths.build() / "book", paths.build() / "book.new"
+    top, book, fresh = paths.root(), paths.build() / "book", paths.build() / "book.new"
+    assert top is not None
     shutil.rmtree(fresh, ignore_errors=True)
-    shutil.copytree(paths.root() / "book", fresh, ignore=shutil.ignore_patterns("_build", ".*", "__pycache__"))
-    shutil.copy(paths.root() / "_config.yml", fresh / "_config.yml")
-    slugs = paths.chapters()
-    (fresh / "_toc.yml").write_text(toc((fresh / "_toc.yml").read_text(encoding="utf-8"), {s: _part(s) for s in slugs}))
-    shown = {}
-    for slug in slugs:
-        folder = run_folder(slug, profile, seed, seeds) if edition != "recorded" else paths.build() / slug
-        status = statuses.get(slug) or (read_status(folder) if edition != "recorded" else None)
+    shutil.copytree(top / "book", fresh, ignore=shutil.ignore_patterns("_build", ".*", "__pycache__"))
+    shutil.copy(top / "_config.yml", fresh / "_config.yml")
+    contents = toc((fresh / "_toc.yml").read_text(encoding="utf-8"), {slug: _part(slug) for slug in folders})
+    (fresh / "_toc.yml").write_text(contents, encoding="utf-8")
+    shown: dict[str, Mapping[str, Any]] = {}
+    for slug, folder in folders.items():
+        status = statuses.get(slug) or (None if recorded else read_status(folder))
         shown |= {slug: status} if status else {}
-        page(slug, edition, folder, status, fresh)
+        page(slug, folder, status, recorded or not status, fresh)
     for file in fresh.glob("*.md"):
-        file.write_text(_fill(file.read_text(encoding="utf-8"), shown), encoding="utf-8")
+        file.write_text(_fill(file.read_text(encoding="utf-8"), list(shown.values())), encoding="utf-8")
     sync(fresh, book)
     shutil.rmtree(fresh)
     return book
 
 
-def _fill(text: str, statuses: Mapping[str, Any]) -> str:
-    """Replace the marks of a page by tables computed now: the scoreboard, and the costs of this machine's runs."""
-    for mark in ("chapters", "scoreboard", "statuses"):
-        line = f"<!-- readrun:{mark} -->"
-        if line in text:
-            from readrun import records, tables
+def _fill(text: str, statuses: list[Mapping[str, Any]]) -> str:
+    """Replace the marks of a page by tables computed now."""
+    from readrun import records, tables
 
-            rows = list(statuses.values()) if mark == "statuses" else records.scoreboard_rows()
-            table = getattr(tables, mark)(rows)
+    for mark in ("chapters", "scoreboard", "statuses"):
+        if (line := f"<!-- readrun:{mark} -->") in text:
+            table = getattr(tables, mark)(statuses if mark == "statuses" else records.scoreboard_rows())
             text = text.replace(line, str(getattr(table, "data", table)))
     return text.replace("readrun-media:", "_static/media/")
 
 
 def sync(source: Path, target: Path) -> None:
-    """Make ``target`` equal to ``source``: write what differs, delete what is not there, touch nothing else."""
+    """Make `target` equal to `source`: write what differs, delete what is not there, touch nothing else."""
     names = {file.relative_to(source) for file in source.rglob("*") if file.is_file()}
-    for old in [file for file in target.rglob("*") if file.is_file() and file.relative_to(target) not in names]:
+    for old in [
+        file for file in target.rglob("*") if file.is_file() and file.relative_to(target) not in names
+    ]:
         old.unlink()
     for name in names:
         if not (target / name).is_file() or not filecmp.cmp(source / name, target / name, shallow=False):
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source / name, target / name)
+            paths.write_atomic(target / name, (source / name).read_bytes())
 
 
 def tree_key(folder: Path) -> str:
-    """Digest of all names and contents below ``folder`` and of the versions that turn them into pages."""
-    digest = hashlib.sha256(" ".join(version(p) for p in ("jupyter-book", "sphinx", "sphinx-book-theme")).encode())
+    """Digest of all names and contents below `folder` and of the versions that turn them into pages."""
+    digest = hashlib.sha256(" ".join(map(version, ("jupyter-book", "sphinx", "sphinx-book-theme"))).encode())
     for file in sorted(file for file in folder.rglob("*") if file.is_file()):
         digest.update(f"\0{file.relative_to(folder)}\0".encode() + hashlib.sha256(file.read_bytes()).digest())
     return digest.hexdigest()
 
 
 def build_html(book: Path) -> int:
-    """Run Jupyter Book on the staged sources, warnings as errors; do nothing if they are as at the last build.
+    """Run Jupyter Book on the staged sources, warnings as errors; do nothing if they are as at the last
+    build.
 
-    The key is written last. Where it is missing (a build was killed or failed) pages may be half written though
-    newer than their sources, which Sphinx would take for up to date, so everything is built anew; likewise when
-    a page has gone, because Sphinx never deletes.
+    The key is written last. Where it is missing (a build was killed or failed) pages may be half written
+    though newer than their sources, which Sphinx would take for up to date, so everything is built anew;
+    likewise when a page has gone, because Sphinx never deletes.
     """
-    target = paths.root() / "book" / "_build"
+    target = (paths.root() or book) / "book" / "_build"
     key_file, key = target / "readrun.json", tree_key(book)
-    pages = sorted(str(file.relative_to(book)) for file in book.rglob("*") if file.suffix in (".md", ".ipynb"))
+    pages = sorted(
+        str(file.relative_to(book)) for file in book.rglob("*") if file.suffix in (".md", ".ipynb")
+    )
     last = load(key_file)
     if last.get("key") == key and (target / "html" / "index.html").exists():
         return 0
@@ -275,9 +274,18 @@ def build_html(book: Path) -> int:
         shutil.rmtree(target, ignore_errors=True)
     key_file.unlink(missing_ok=True)
     start = "from jupyter_book.cli.main import main; main()"
-    command = [sys.executable, "-c", start, "build", str(book), "--path-output", str(target.parent)]
-    command += ["--warningiserror", "--nitpick", "--keep-going", "--quiet"]
+    command = [
+        sys.executable,
+        "-c",
+        start,
+        "build",
+        str(book),
+        "--path-output",
+        str(target.parent),
+        "--quiet",
+    ]
+    command += ["--warningiserror", "--nitpick", "--keep-going"]
     code = subprocess.run(command, preexec_fn=kernel.die_with_parent).returncode
     if code == 0:
-        key_file.write_text(json.dumps({"key": key, "pages": pages}), encoding="utf-8")
+        paths.write_atomic(key_file, json.dumps({"key": key, "pages": pages}))
     return code
