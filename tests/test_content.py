@@ -419,10 +419,11 @@ def test_render_key_follows_presentation_claims_and_record(
 
 
 def test_keys_of_a_book_of_22_long_chapters_are_fast_and_need_no_torch(book: Path) -> None:
-    function = "def f{i}(x, y=None):\n    z = [x * k for k in range({i})]\n    return sum(z) + (y or 0)\n"
-    body = "".join(f"\n# %% [markdown]\n# text\n\n# %%\n{function.format(i=i)}" for i in range(140))
-    for number in range(22):
-        (book / f"notebooks/c{number}.py").write_text(f"{NOTEBOOK}{body}\n# {number}\n")
+    cell = "\n# %% [markdown]\n# text\n\n# %%\ndef f{i}(x, y=None):\n"
+    cell += "    z = [x * k for k in range({i})]\n    return {n} + z\n"
+    for n in range(22):
+        body = "".join(cell.format(i=i, n=n) for i in range(140))
+        (book / f"notebooks/c{n}.py").write_text(NOTEBOOK + body)
     assert body.count("\n") > 900
     program = (
         "import sys, time; start = time.process_time()\nfrom readrun import content, paths\n"

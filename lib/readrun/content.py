@@ -89,16 +89,17 @@ def split_percent(text: str) -> tuple[Cell, ...]:
 # ---------------------------------------------------------------- syntax trees
 
 
-def parse(source: str, where: str = "<cell>") -> list[ast.stmt]:
-    """Top-level statements of a cell; IPython's magics become strings. Raises SyntaxError."""
+@lru_cache(maxsize=8192)
+def parse(source: str) -> list[ast.stmt]:
+    """Top-level statements of a cell, not to be changed; magics become strings. Raises SyntaxError."""
     if source.startswith("%%"):
         head, _, rest = source.partition("\n")
         source = rest if re.match(r"%%(time|timeit|capture|prun)\b", head) else repr(source)
     try:
-        return ast.parse(source, where).body
+        return ast.parse(source).body
     except SyntaxError:
         plain = re.sub(r"(?m)^([ \t]*)([%!?].*|.*\?)$", lambda m: m[1] + repr(m[2]), source)
-        return ast.parse(plain, where).body
+        return ast.parse(plain).body
 
 
 def canonical(node: Any, profile: str = "") -> str:
@@ -268,10 +269,16 @@ def _tree_digest(tree: ast.Module) -> str:
 
 
 @lru_cache(maxsize=8192)
+def nodes(tree: ast.AST) -> tuple[ast.AST, ...]:
+    """All nodes of a tree."""
+    return tuple(ast.walk(tree))
+
+
+@lru_cache(maxsize=8192)
 def modules_in(tree: ast.AST) -> frozenset[str]:
     """The `readrun` modules that a tree imports or names as `readrun.x`."""
     names: set[str] = set()
-    for node in ast.walk(tree):
+    for node in nodes(tree):
         if isinstance(node, ast.Import):
             names |= {a.name.split(".")[1] for a in node.names if a.name.startswith("readrun.")}
         elif isinstance(node, ast.ImportFrom):
@@ -308,7 +315,7 @@ def modules_reached(trees: Iterable[ast.AST], presentation: bool = False) -> dic
 def _asset_names(tree: ast.AST) -> frozenset[str]:
     """String literals that may name assets; "" where `asset(...)` gets something else."""
     names: set[str] = set()
-    for node in ast.walk(tree):
+    for node in nodes(tree):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             names |= {node.value} if re.fullmatch(r"\w+(/[\w-][\w.-]*)+", node.value[:200]) else set()
         elif isinstance(node, ast.Call) and call_name(node) in ("asset", "assets"):
@@ -360,9 +367,9 @@ def content_key(slug: str, parameters: Mapping[str, Any] | None = None) -> str:
     values, trees = key_parameters(slug, parameters), []
     for cell in cells(slug):
         try:
-            trees += parse(cell.source, f"{slug}.py") if cell.computes else []
+            trees += parse(cell.source) if cell.computes else []
         except SyntaxError as error:
-            error.lineno = (error.lineno or 1) + cell.first_line - 1
+            error.filename, error.lineno = f"{slug}.py", (error.lineno or 1) + cell.first_line - 1
             raise
     modules = modules_reached(trees)
     assets = assets_reached(trees, modules, slug) | {slug: assets_digest(slug)}

@@ -120,7 +120,7 @@ def executed(fn: Any, slug: str) -> list[str]:
         hidden = {cell.source for cell in script if not cell.computes}
         ran = [source.rstrip("\n") for source in shell.history_manager.input_hist_raw[1:]]
         if not ran:  # nbval keeps no history, but what tracebacks quote is there
-            home, known = os.path.dirname(fn.__code__.co_filename), linecache.cache.items()
+            home, known = os.path.dirname(fn.__code__.co_filename), dict[str, Any](linecache.cache).items()
             ran = ["".join(e[2]).rstrip("\n") for name, e in known if os.path.dirname(name) == home and e[2:]]
         return [
             s for i, s in enumerate(ran) if s not in hidden and s not in ran[i + 1 :]
@@ -191,7 +191,7 @@ def unit_key(fn: Callable[..., Any], arguments: dict[str, Any], run: Run) -> str
     trees = [tree for nodes in found.values() for tree in nodes]
     reached = leaves & found.keys() - {"only", "out", "device"}
     used = {k: values[k] if k in ("profile", "checkpoint") else repr(given[k]) for k in reached}
-    nodes = [node for tree in trees for node in ast.walk(tree)] if runs else []
+    nodes = [node for tree in trees for node in content.nodes(tree)] if runs else []
     of_run = [n.attr for n in nodes if isinstance(n, ast.Attribute) and getattr(n.value, "id", "") in runs]
     for attribute in {"profile" if a == "settings" else a for a in of_run} - RUN_FREE:
         used |= {attribute: values[attribute]} if attribute in ("profile", "checkpoint") else values
