@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
+import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -53,10 +54,10 @@ class Updater:
 
 
 def progress(items: Iterable, name: str = "") -> Any:
-    """A tqdm bar that leaves nothing behind and writes rarely."""
+    """A tqdm bar for somebody who watches; nothing where READRUN_HEADLESS is set."""
     from tqdm.auto import tqdm
 
-    return tqdm(items, desc=name, leave=False, mininterval=5)
+    return tqdm(items, desc=name, leave=False, mininterval=1, disable=bool(os.environ.get("READRUN_HEADLESS")))
 
 
 def fit(
