@@ -90,7 +90,7 @@ def test_mask_and_finished_of_rows_that_end_and_rows_that_do_not():
 def test_larger_decoder_and_smaller_call_give_the_same_tokens():
     model, rows = build("qwen2"), prompts(5)
     plain = decode.sample(model, rows, 20, eos_id=EOS, pad_id=PAD, temperature=0)
-    decoder = decode.Decoder(model, 8, 16, 48, eos_id=EOS, pad_id=PAD, bucket=8)
+    decoder = decode.Decoder(model, 8, 16, 48, eos_id=EOS, pad_id=PAD)
     for _ in range(2):  # the second call finds the first one's leftovers
         larger = decode.sample(model, rows, 20, eos_id=EOS, pad_id=PAD, temperature=0, decoder=decoder)
         assert larger.completions == plain.completions and torch.equal(larger.finished, plain.finished)
@@ -308,7 +308,7 @@ def test_captured_greedy_tokens_equal_generate_and_follow_the_weights(compiled):
     model, rows = build("qwen2").cuda().eval(), prompts(16)
     ids, mask = (x.cuda() for x in decode.left_pad(rows, PAD))
     ends = dict(eos_token_id=[EOS, 7], pad_token_id=PAD, max_new_tokens=40, do_sample=False)
-    made = dict(eos_id=[EOS, 7], pad_id=PAD, bucket=16, compile=compiled)
+    made = dict(eos_id=[EOS, 7], pad_id=PAD, compile=compiled)
     decoder = decode.Decoder(model, 16, ids.shape[1], 40, **made)
     for _ in range(3):
         expected = model.generate(ids, attention_mask=mask, **ends)
