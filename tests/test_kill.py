@@ -1,5 +1,5 @@
-"""SIGKILL at any moment, to one process or the whole group: nothing goes on writing, and the next run makes the
-same book as if nothing had happened."""
+"""SIGKILL at any moment, to one process or the whole group: nothing goes on writing, and the next run makes
+the same book as if nothing had happened."""
 
 from __future__ import annotations
 

@@ -180,6 +180,7 @@ def execute(
             logging.basicConfig(
                 level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr, force=True
             )
+            sys.modules.setdefault(kernel.SLOW_IMPORT, None)  # type: ignore[arg-type]
             import papermill
 
             os.environ.update(environment(profile, str(given.get("checkpoint", ""))))

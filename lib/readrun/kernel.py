@@ -15,6 +15,8 @@ import sys
 from pathlib import Path
 
 JOB = "READRUN_JOB"
+# jsonschema, which checks notebooks, compiles a grammar of web addresses when imported: 2 s that nobody needs
+SLOW_IMPORT = "rfc3987_syntax"
 
 
 def die_with_parent() -> None:

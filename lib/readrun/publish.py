@@ -273,7 +273,8 @@ def build_html(book: Path) -> int:
     if last.get("pages") != pages:
         shutil.rmtree(target, ignore_errors=True)
     key_file.unlink(missing_ok=True)
-    start = "from jupyter_book.cli.main import main; main()"
+    start = f"import sys; sys.modules['{kernel.SLOW_IMPORT}'] = None\n"
+    start += "from jupyter_book.cli.main import main; main()"
     command = [
         sys.executable,
         "-c",
