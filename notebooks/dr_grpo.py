@@ -127,81 +127,46 @@ plots.show(
 # %% tags=["hide-input"]
 S = run.settings(
     smoke=dict(
-        seeds=1,
-        arms=["grpo", "dr_grpo"],
-        puzzles=["main", "shared", "retry"],
+        seeds=1, arms=["grpo", "dr_grpo"], puzzles=["main", "shared", "retry"], rates=[4e-4], penalties=[],
         size=dict(hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4),
         pretrain=dict(steps=5, adapt=5, batch=16, lr=1e-3, from_checkpoint=True),
-        rl=dict(steps=2, rollouts=16, updates=2, budget=32, group_size=4, terms=[1, 2], pool=100),
-        rates=[4e-4],
-        penalties=[],
+        rl=dict(steps=2, tune_steps=2, rollouts=16, updates=2, budget=32, group_size=4,
+                terms=[1, 2], pool=100),
         evaluate=dict(questions=8, samples=4, hard_terms=[3, 3]),
         exact=dict(tables=3, group_size=4),
         difficulty=dict(questions=8, samples=40, steps=1, bins=2),
-        bench=dict(
-            repeats=3,
-            batch=8,
-            new_tokens=8,
-            wide_batch=16,
-            tokens=64,
-            hidden=32,
-            vocab=500,
-            chunk=16,
-            inner=1,
-            wide=[64, 2],
-        ),
+        speed=dict(repeats=3, inner=1, batch=8, new_tokens=8, wide_batch=16, wide=[64, 2]),
+        logps=dict(repeats=3, tokens=64, hidden=32, vocab=500, chunk=16),
+        play=dict(group_size=[8], accuracy=[0.25], lr=[0.02, 0.08]),
     ),
     cpu=dict(
-        seeds=1,
-        arms=["grpo", "dr_grpo"],
-        puzzles=["main", "shared"],
+        seeds=1, arms=["grpo", "dr_grpo"], puzzles=["main", "shared"], rates=[4e-4], penalties=[],
         size=dict(hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4),
         pretrain=dict(steps=0, adapt=0, batch=64, lr=4e-3, from_checkpoint=True),
-        rl=dict(steps=50, rollouts=128, updates=2, budget=64, group_size=8, terms=[1, 2], pool=10000),
-        rates=[4e-4],
-        penalties=[],
+        rl=dict(steps=40, tune_steps=40, rollouts=128, updates=2, budget=64, group_size=8,
+                terms=[1, 2], pool=10000),
         evaluate=dict(questions=128, samples=4, hard_terms=[3, 3]),
         exact=dict(tables=20, group_size=8),
-        difficulty=dict(questions=32, samples=160, steps=0, bins=3),
-        bench=dict(
-            repeats=5,
-            batch=64,
-            new_tokens=32,
-            wide_batch=64,
-            tokens=512,
-            hidden=64,
-            vocab=2000,
-            chunk=64,
-            inner=1,
-            wide=[64, 2],
-        ),
+        difficulty=dict(questions=32, samples=80, steps=0, bins=3),
+        speed=dict(repeats=3, inner=1, batch=64, new_tokens=32, wide_batch=64, wide=[64, 2]),
+        logps=dict(repeats=5, tokens=512, hidden=64, vocab=2000, chunk=64),
+        play=dict(group_size=[4, 16], accuracy=[0.25, 0.6], lr=[0.02, 0.08]),
     ),
     gpu=dict(
-        seeds=5,
-        arms=["grpo", "dr_grpo", "no_std", "no_length", "bnpo", "rloo", "length_penalty"],
-        puzzles=["main", "shared", "retry"],
+        seeds=5, arms=["grpo", "dr_grpo", "no_std", "no_length", "bnpo", "rloo", "length_penalty"],
+        puzzles=["main", "shared", "retry"], rates=[1e-4, 2e-4, 4e-4], penalties=[0.1, 0.3, 1.0],
         size=dict(hidden_size=256, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=4),
         pretrain=dict(steps=3000, adapt=800, batch=256, lr=1e-3, from_checkpoint=False),
-        rl=dict(steps=150, rollouts=256, updates=2, budget=192, group_size=8, terms=[1, 4], pool=10000),
-        rates=[1e-4, 2e-4, 4e-4],
-        penalties=[0.1, 0.3, 1.0],
+        rl=dict(steps=150, tune_steps=75, rollouts=256, updates=2, budget=192, group_size=8,
+                terms=[1, 4], pool=10000),
         evaluate=dict(questions=512, samples=8, hard_terms=[5, 5]),
         exact=dict(tables=20, group_size=8),
         difficulty=dict(questions=96, samples=1280, steps=40, bins=6),
-        bench=dict(
-            repeats=15,
-            batch=256,
-            new_tokens=192,
-            wide_batch=1024,
-            tokens=24000,
-            hidden=1536,
-            vocab=151936,
-            chunk=2048,
-            inner=5,
-            wide=[384, 6],
-        ),
+        speed=dict(repeats=15, inner=5, batch=256, new_tokens=192, wide_batch=1024, wide=[384, 6]),
+        logps=dict(repeats=15, tokens=24000, hidden=1536, vocab=151936, chunk=2048),
+        play=dict(group_size=[4, 16], accuracy=[0.25, 0.6], lr=[0.02, 0.08]),
     ),
-)
+)  # fmt: skip
 S
 
 # %% [markdown]
@@ -866,6 +831,7 @@ def cut_at(rollout: Rollout, tokenizer: Any, stop: str) -> Rollout:
     return Rollout(rollout.ids, mask, finished, rollout.prompt_len)
 
 
+# %%
 def collect(
     model,
     tokenizer,
@@ -930,8 +896,7 @@ def policy_step(
         with train.autocast(ids.device):
             return token_logps(model, ids[part], got.attention_mask[part], prompt_len)
 
-    with torch.no_grad():
-        old = [logps(part) for part in rows]
+    old = [logps(part).detach() for part in rows]  # not under no_grad, which may choose other kernels
     cut, norms = [], []
     for part, old_logp in zip(rows, old, strict=True):
         logp, scored = logps(part), mask[part]
@@ -985,6 +950,7 @@ def rl_train(
     return {key: np.array([row[key] for row in rows]) for key in rows[0]}
 
 
+# %%
 def step_record(got: Experience, advantages: torch.Tensor, group_size: int) -> dict[str, float]:
     """What is drawn against the steps; a mean over nothing (no wrong response left) is nan."""
     right, lengths = got.rewards > 0.5, got.lengths.double()
@@ -1130,6 +1096,7 @@ def pretrain_base(
     return {"weights": model.state_dict(), "losses": np.array(losses)}
 
 
+# %%
 def policy_of(base, size: dict) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
     """A fresh copy of a base model on the run's device, and its tokenizer."""
     tokenizer = make_tokenizer()
@@ -1211,8 +1178,9 @@ def train_and_measure(arm: str, seed: int, lr: float, penalty: float, base, size
 
 def tune_arm(arm: str, lr: float, base, size: dict, rl: dict, penalty: float = 0.0) -> dict[str, Any]:
     """Mean reward and wrong length over the last quarter of a run on the tuning seed."""
-    history = train_and_measure(arm, TUNING_SEED, lr, penalty, base, size, rl)[2]
-    last = slice(-max(1, rl["steps"] // 4), None)
+    short = {**rl, "steps": rl["tune_steps"]}
+    history = train_and_measure(arm, TUNING_SEED, lr, penalty, base, size, short)[2]
+    last = slice(-max(1, rl["tune_steps"] // 4), None)
     return {
         "reward": float(history["reward"][last].mean()),
         "wrong": float(np.nanmean(history["length_wrong"][last])),
@@ -1237,6 +1205,7 @@ def train_arm(
     return found | {"tokens_sampled": float(history["tokens"].sum())}
 
 
+# %%
 def choose_rate(rewards: dict[float, float]) -> float:
     """The rate with the highest reward; ties within 0.005 go to the smaller rate."""
     return min(rate for rate, reward in rewards.items() if reward >= max(rewards.values()) - 0.005)
@@ -1273,6 +1242,7 @@ def tuned_rates() -> tuple[dict[str, float], list[dict]]:
     return rates, rows
 
 
+# %%
 rates, tuning = tuned_rates()
 penalty = 0.0
 if "length_penalty" in rates:
@@ -1373,6 +1343,7 @@ def expected_mass(right: np.ndarray, group_size: int, scale: str) -> tuple[np.nd
     return np.array(ways) @ mass, slope**2 * p * (1 - p) / n
 
 
+# %%
 def measure_difficulty(
     base, size: dict, rl: dict, difficulty: dict, lr: float, seed: int = 0
 ) -> dict[str, Any]:
@@ -1435,7 +1406,7 @@ def seconds_of(function: Callable, *arguments) -> float:
     return time.perf_counter() - start
 
 
-def bench_objectives(base, size: dict, rl: dict, repeats: int, inner: int) -> dict[str, Any]:
+def bench_objectives(base, size: dict, rl: dict, speed: dict) -> dict[str, Any]:
     """Milliseconds of one update pass per objective, interleaved; "rollout": sampling and scoring a round."""
     model, tokenizer = policy_of(base, size)
     shape = rl["group_size"], rl["rollouts"], rl["budget"]
@@ -1444,7 +1415,7 @@ def bench_objectives(base, size: dict, rl: dict, repeats: int, inner: int) -> di
     sample_round = lambda: collect(model, tokenizer, asked, shape[0], shape[2], torch.Generator(), decoder)  # noqa: E731
     got, updater = sample_round(), train.Updater(model, 0.0)
     out: dict[str, list[float]] = {}
-    for i in range(repeats + 2):
+    for i in range(speed["repeats"] + 2):
         times = {"rollout": seconds_of(sample_round)}
         for name in ("grpo", "no_std", "no_length", "dr_grpo"):
             how = OBJECTIVES[name]
@@ -1452,7 +1423,7 @@ def bench_objectives(base, size: dict, rl: dict, repeats: int, inner: int) -> di
             step = lambda a=advantages, how=how: policy_step(  # noqa: E731
                 model, updater, got, a, how["aggregate"], shape[2], rl["updates"]
             )
-            times[name] = float(np.median([seconds_of(step) for _ in range(inner)]))
+            times[name] = float(np.median([seconds_of(step) for _ in range(speed["inner"])]))
         if i >= 2:  # the first two warm up
             for name, value in times.items():
                 out.setdefault(name, []).append(1e3 * value)
@@ -1540,16 +1511,9 @@ def bench_logps(shape: dict) -> dict[str, Any]:
 
 # %%
 timed = {
-    "objectives": run.unit(
-        bench_objectives,
-        base=bases["main"],
-        size=S.size,
-        rl=S.rl,
-        repeats=S.bench["repeats"],
-        inner=S.bench["inner"],
-    ),
-    "rollouts": run.unit(bench_rollouts, base=bases["main"], size=S.size, shape=S.bench),
-    "logps": run.unit(bench_logps, shape=S.bench),
+    "objectives": run.unit(bench_objectives, base=bases["main"], size=S.size, rl=S.rl, speed=S.speed),
+    "rollouts": run.unit(bench_rollouts, base=bases["main"], size=S.size, shape=S.speed),
+    "logps": run.unit(bench_logps, shape=S.logps),
 }
 
 # %% [markdown]
@@ -1593,14 +1557,39 @@ def shared_gap_slack(metrics: dict, arrays: dict) -> dict[str, list[float]]:
 
 
 # %% tags=["hide-input"]
-def gather() -> tuple[dict, dict]:
-    """(metrics, arrays) of every unit that has a result."""
-    metrics: dict[str, dict] = {}
-    arrays: dict[str, np.ndarray] = {}
+CURVES = "length_right length_wrong length_all reward clip_fraction truncated zero_groups".split()
+
+
+def gather_trained(metrics: dict, arrays: dict) -> None:
+    """Add every training run: end values per seed, curves over seeds, one set of transcripts."""
 
     def put(metric: str, arm: str, seed: int, value: float) -> None:
         metrics.setdefault(metric, {}).setdefault(arm, {})[seed] = value
 
+    for (puzzle, arm, s), unit in trained.items():
+        prefix = "" if puzzle == "main" else f"{puzzle}_"
+        found = {
+            f"{outcome}_answer_tokens": unit[f"{outcome}_tokens"] for outcome in ("right", "wrong", "all")
+        }
+        found |= {key: unit[key] for key in ("accuracy", "hard_accuracy", "truncated", "tokens_sampled")}
+        for metric, value in found.items():
+            if math.isfinite(value):
+                put(prefix + metric, arm, s, value)
+        if puzzle == "retry":
+            put("retry_accuracy", "base", s, judged["retry"]["accuracy"])
+        for key in CURVES:
+            name, curve = f"curve/{puzzle}/{arm}/{key}", unit[f"curve__{key}"][None].astype(np.float16)
+            arrays[name] = np.concatenate([arrays[name], curve]) if name in arrays else curve
+        if s == run.seeds[0]:
+            arrays[f"transcripts/{puzzle}/{arm}"] = np.array(unit["texts"])
+            arrays[f"prompts/{puzzle}"] = np.array(unit["prompts"])
+
+
+# %% tags=["hide-input"]
+def gather() -> tuple[dict, dict]:
+    """(metrics, arrays) of the exact gradients and the base models."""
+    metrics: dict[str, dict] = {}
+    arrays: dict[str, np.ndarray] = {}
     if mdp.done:
         for key, values in mdp.items():
             kind, arm = key.split("__")
@@ -1617,31 +1606,6 @@ def gather() -> tuple[dict, dict]:
             arrays[f"base/{puzzle}"] = np.array(
                 [unit[k] for k in ("accuracy", "right_tokens", "wrong_tokens")]
             )
-    for (puzzle, arm, s), unit in trained.items():
-        prefix = "" if puzzle == "main" else f"{puzzle}_"
-        found = {
-            f"{outcome}_answer_tokens": unit[f"{outcome}_tokens"] for outcome in ("right", "wrong", "all")
-        }
-        found |= {key: unit[key] for key in ("accuracy", "hard_accuracy", "truncated", "tokens_sampled")}
-        for metric, value in found.items():
-            if math.isfinite(value):
-                put(prefix + metric, arm, s, value)
-        if puzzle == "retry":
-            put("retry_accuracy", "base", s, judged["retry"]["accuracy"])
-        for key in (
-            "length_right",
-            "length_wrong",
-            "reward",
-            "length_all",
-            "clip_fraction",
-            "truncated",
-            "zero_groups",
-        ):
-            name, curve = f"curve/{puzzle}/{arm}/{key}", unit[f"curve__{key}"][None].astype(np.float16)
-            arrays[name] = np.concatenate([arrays[name], curve]) if name in arrays else curve
-        if s == run.seeds[0]:
-            arrays[f"transcripts/{puzzle}/{arm}"] = np.array(unit["texts"])
-            arrays[f"prompts/{puzzle}"] = np.array(unit["prompts"])
     return metrics, arrays
 
 
@@ -1658,10 +1622,7 @@ def gather_rest(metrics: dict, arrays: dict) -> None:
         for scale in ("std", "none"):
             measured, form, se = (np.array(hardness[f"{scale}__{k}"]) for k in ("measured", "form", "se"))
             arrays[f"difficulty/{scale}"] = np.stack([hardness["rate"], measured, form, se])
-            z += (
-                np.abs(measured - form)[se > 0].tolist()
-                and (np.abs(measured - form)[se > 0] / se[se > 0]).tolist()
-            )
+            z += (np.abs(measured - form)[se > 0] / se[se > 0]).tolist()
         metrics["difficulty_max_z"] = {"all_bins": [max(z)]} if z else {}
     if timed["objectives"].done:
         times = {arm: timed["objectives"][arm] for arm in ("grpo", "no_std", "no_length", "dr_grpo")}
@@ -1688,6 +1649,7 @@ def gather_rest(metrics: dict, arrays: dict) -> None:
 
 # %%
 metrics, arrays = gather()
+gather_trained(metrics, arrays)
 gather_rest(metrics, arrays)
 here = run.results(metrics=metrics, arrays=arrays)
 book = run.recorded()
@@ -2028,10 +1990,7 @@ def draw_filler(objective: str, group_size: int, accuracy: float, lr: float):
     return figure
 
 
-GRID = {
-    "objective": ["grpo", "no_std", "no_length", "dr_grpo"], "group_size": [4, 16], "accuracy": [0.25, 0.6],
-    "lr": [0.02, 0.08],
-}  # fmt: skip
+GRID = {"objective": ["grpo", "no_std", "no_length", "dr_grpo"], **S.play}
 FILLER_ALT = "P(one more filler token) after right and after wrong answers, over training steps, four seeds."
 picker.live(draw_filler, GRID)
 picker.picker(
@@ -2084,6 +2043,7 @@ class Problem:
         return TEMPLATES[self.template][0].format(problem=self.problem)
 
 
+# %%
 def verify_math(problem: Problem, text: str) -> bool:
     """Whether math-verify finds the reference answer: in the answer tag (r1) or anywhere in the response.
 
@@ -2209,7 +2169,7 @@ print(own["prompt"], "→", own["text"])
 def make_checkpoint(puzzle: str, folder: str, start: str = "", seed: int = 0) -> None:
     """Train and save (float16) the small base model of a puzzle for `smoke` and `cpu`, on the CPU.
 
-    From scratch 2400 steps of 64 responses; from the folder of another one (`start`) 400 steps.
+    From scratch 2800 steps of 64 responses; from the folder of another one (`start`) 400 steps.
     """
     tokenizer = make_tokenizer()
     if start:
@@ -2217,7 +2177,7 @@ def make_checkpoint(puzzle: str, folder: str, start: str = "", seed: int = 0) ->
     else:
         size = dict(hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4)
         model = make_model(size, tokenizer, seed)
-    pretrain(model, tokenizer, puzzle, [1, 2], 400 if start else 2400, 64, 1e-3 if start else 4e-3, seed)
+    pretrain(model, tokenizer, puzzle, [1, 2], 400 if start else 2800, 64, 1e-3 if start else 4e-3, seed)
     model.half().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

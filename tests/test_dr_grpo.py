@@ -53,10 +53,19 @@ def test_completion_mask_against_a_loop(row) -> None:
     assert q.completion_mask(torch.tensor([row]), 1)[0].tolist() == expected
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2"])
 @pytest.mark.parametrize("chunk", [None, 3])
 def test_left_padding_changes_nothing(kind, chunk) -> None:
-    model, _ = tiny(kind)
+    """GPT-2 has absolute positions; rotary ones would not notice that a whole row is shifted."""
+    if kind == "gpt2":
+        from transformers import GPT2Config, GPT2LMHeadModel
+
+        torch.manual_seed(0)
+        model = GPT2LMHeadModel(
+            GPT2Config(vocab_size=22, n_embd=32, n_layer=2, n_head=4, n_positions=64)
+        ).eval()
+    else:
+        model, _ = tiny(kind)
     prompts, tails = [[5, 6, 7], [8, 9, 10, 11, 12]], [[13, 14, 1], [15, 16, 17]]
     ids = torch.tensor([[0, 0, *prompts[0], *tails[0]], [*prompts[1], *tails[1]]])
     mask = (torch.arange(8) >= torch.tensor([[2], [0]])).long()
@@ -490,12 +499,11 @@ def save_qwen2(folder: Path, seed: int) -> Path:
     return folder
 
 
-def test_checkpoint_path(tmp_path, monkeypatch) -> None:
+def test_checkpoint_path(tmp_path) -> None:
     """The whole notebook in smoke on two checkpoints: it ends well and gives different numbers."""
     pytest.importorskip("math_verify")
     from readrun.execute import execute
 
-    monkeypatch.setenv("READRUN_BUILD", str(tmp_path / "build"))  # the second run takes the first one's units
     problems = tmp_path / "questions.jsonl"
     problems.write_text("\n".join(json.dumps({"problem": f"{n}+1?", "answer": str(n + 1)}) for n in range(4)))
     said = []
@@ -551,10 +559,10 @@ def test_committed_checkpoints_are_small_and_competent() -> None:
 
     folders = {puzzle: readrun.asset(q.BASES[puzzle]) for puzzle in ("main", "shared")}
     assert sum(f.stat().st_size for folder in folders.values() for f in folder.iterdir()) < 1_000_000
-    asked = q.questions_of(range(q.HELD_OUT, q.HELD_OUT + 64), [1, 2])
+    asked = q.questions_of(range(q.HELD_OUT, q.HELD_OUT + 256), [1, 2])
     for puzzle, folder in folders.items():
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         got = q.collect(model, q.make_tokenizer(), asked, 8, 64, torch.Generator().manual_seed(0))
         assert np.mean([q.check_is_right(asked[i // 8], t) for i, t in enumerate(got.texts)]) > 0.95
-        assert got.rewards.mean() > 0.12
+        assert got.rewards.mean() > 0.15
         assert any("h" in t for t in got.texts) == (puzzle == "main")
