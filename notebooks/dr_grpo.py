@@ -49,6 +49,7 @@ template = "none"  # prompt for your own model: r1 | qwen_math | none
 questions = ""  # JSON lines {"problem": …, "answer": …} for your own model; "": sums of two numbers
 
 # %% tags=["hide-input"]
+import copy
 import functools
 import inspect
 import json
@@ -861,7 +862,10 @@ def decoder_for(model, tokenizer, asked: Sequence, group_size: int, rows: int, b
     """A decoder wide enough for every question, captured once and used for many calls."""
     width = max(len(p) for p in tokenizer([q.prompt for q in asked]).input_ids)
     ends = dict(eos_id=model.generation_config.eos_token_id, pad_id=tokenizer.pad_token_id)
-    return decode.Decoder(model, rows, width, budget, num_return_sequences=group_size, **ends)
+    kind = (
+        torch.bfloat16 if model.device.type == "cuda" else None
+    )  # as the learner's autocast; it scores again
+    return decode.Decoder(model, rows, width, budget, num_return_sequences=group_size, dtype=kind, **ends)
 
 
 # %% [markdown]
@@ -1432,23 +1436,34 @@ def bench_objectives(base, size: dict, rl: dict, speed: dict) -> dict[str, Any]:
 
 # %%
 def rollout_speed(model, prompts: list[list[int]], new_tokens: int, repeats: int) -> dict[str, np.ndarray]:
-    """Tokens per second of `generate` and of the captured step, same prompts, full budget, taking turns."""
+    """Tokens per second of the captured step and of `generate`, same prompts, full budget, taking turns.
+
+    Both in bfloat16 on a GPU (float32 on a CPU); "generate_float32" is the peer in float32, which a GPU may run faster.
+    "limit": one value, the step that only reads weights and cache, once each, at the measured copy bandwidth.
+    """
     never = model.config.vocab_size  # a token that does not exist: no row ends early on either side
-    decoder = decode.Decoder(model, len(prompts), len(prompts[0]), new_tokens, eos_id=never, pad_id=0)
+    kind = torch.bfloat16 if run.device == "cuda" else torch.float32
+    half = copy.deepcopy(model).to(kind)
+    decoder = decode.Decoder(half, len(prompts), len(prompts[0]), new_tokens, eos_id=never, pad_id=0)
     ids = torch.tensor(prompts, device=run.device)
     options = dict(max_new_tokens=new_tokens, do_sample=True, top_k=0, eos_token_id=None, pad_token_id=0)
     arms = {
         "captured": lambda: decoder.generate(prompts),
-        "generate": lambda: model.generate(ids, attention_mask=torch.ones_like(ids), **options),
+        "generate": lambda: half.generate(ids, attention_mask=torch.ones_like(ids), **options),
+        "generate_float32": lambda: model.generate(ids, attention_mask=torch.ones_like(ids), **options),
     }
     out: dict[str, list[float]] = {name: [] for name in arms}
     for i in range(repeats + 1):
         for name, call in arms.items():
             rate = len(prompts) * new_tokens / seconds_of(call)
             out[name] += [rate] if i else []  # the first round warms up and captures
+    cache = 2 * model.config.num_hidden_layers * model.config.hidden_size * (len(prompts[0]) + new_tokens / 2)
+    read = kind.itemsize * (model.num_parameters() + len(prompts) * cache)
+    out["limit"] = [len(prompts) * 1e9 * bench.ceilings(run.device, kind)["copy_gb_s"] / read]
     return {name: np.array(rates) for name, rates in out.items()}
 
 
+# %%
 def bench_rollouts(base, size: dict, shape: dict) -> dict[str, Any]:
     """Sampling speed on the chapter's model and on a 10.7 M parameter Llama; greedy tokens that differ."""
     model, tokenizer = policy_of(base, size)
@@ -1575,7 +1590,7 @@ def gather_trained(metrics: dict, arrays: dict) -> None:
         for metric, value in found.items():
             if math.isfinite(value):
                 put(prefix + metric, arm, s, value)
-        if puzzle == "retry":
+        if puzzle == "retry" and judged["retry"].done:
             put("retry_accuracy", "base", s, judged["retry"]["accuracy"])
         for key in CURVES:
             name, curve = f"curve/{puzzle}/{arm}/{key}", unit[f"curve__{key}"][None].astype(np.float16)
@@ -1637,7 +1652,9 @@ def gather_rest(metrics: dict, arrays: dict) -> None:
             ("rollout_tokens_per_second", "own"),
             ("rollout_tokens_per_second_1024", "wide"),
         ):
-            metrics[metric] = {arm: unit[f"{prefix}__{arm}"].tolist() for arm in ("captured", "generate")}
+            kinds = ("captured", "generate", "generate_float32")
+            metrics[metric] = {arm: unit[f"{prefix}__{arm}"].tolist() for arm in kinds}
+            arrays[f"limit/{metric}"] = unit[f"{prefix}__limit"]
         metrics["greedy_mismatches"] = {"captured": [unit["mismatches"]]}
     if timed["logps"].done:
         unit = timed["logps"]
@@ -1883,8 +1900,10 @@ def speed_rows(results) -> list[dict]:
     for metric, name in (("rollout_tokens_per_second", "rollout, this chapter's model"),
                          ("rollout_tokens_per_second_1024", "rollout, 10.7 M, wide batch")):  # fmt: skip
         if metric in m:
-            ours, peer = mean(m[metric]["captured"]), mean(m[metric]["generate"])
-            rows.append(bench.row(name, None, "tokens/s", achieved=ours, peer=peer))
+            ours, limit = mean(m[metric]["captured"]), float(results.arrays[f"limit/{metric}"][0])
+            for peer in ("generate", "generate_float32"):
+                speed = dict(achieved=ours, limit=limit, peer=mean(m[metric][peer]))
+                rows.append(bench.row(f"{name}, against {peer}", None, "tokens/s", **speed))
     if "logprob_ms" in m and "logprob" in results.arrays:
         tflop, limit = results.arrays["logprob"]
         for arm, factor in (("naive", 0.75), ("chunked", 1.0)):
@@ -2120,7 +2139,8 @@ def own_model(
     )
     grads, out = {}, {"reward": got.rewards.mean().item(), "tokens": got.lengths.double().mean().item()}
     last = [p for p in model.parameters() if p.requires_grad][-1:]  # one tensor is enough to see the angle
-    logp = token_logps(model, got.rollout.ids, got.attention_mask, got.rollout.prompt_len, chunk=256)
+    chunk = 1024 if model.config.get_text_config().vocab_size > 10_000 else None
+    logp = token_logps(model, got.rollout.ids, got.attention_mask, got.rollout.prompt_len, chunk=chunk)
     out["logp"] = (logp.detach() * got.rollout.mask).sum().item() / got.rollout.mask.sum().item()
     for name in ("grpo", "dr_grpo"):
         how, kept = OBJECTIVES[name], dict(constant=budget, aggregate=OBJECTIVES[name]["aggregate"])
