@@ -1438,7 +1438,7 @@ def bench_objectives(base, size: dict, rl: dict, speed: dict) -> dict[str, Any]:
 def rollout_speed(model, prompts: list[list[int]], new_tokens: int, repeats: int) -> dict[str, np.ndarray]:
     """Tokens per second of the captured step and of `generate`, same prompts, full budget, taking turns.
 
-    Both in bfloat16 on a GPU (float32 on a CPU); "generate_float32" is the peer in float32, which a GPU may run faster.
+    Both in bfloat16 on a GPU (float32 on a CPU); "generate_float32": the peer in float32, which may be faster.
     "limit": one value, the step that only reads weights and cache, once each, at the measured copy bandwidth.
     """
     never = model.config.vocab_size  # a token that does not exist: no row ends early on either side

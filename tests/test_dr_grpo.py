@@ -417,7 +417,7 @@ def test_scaled_rewards_scale_one_arm_and_not_the_other() -> None:
 
 def test_rloo_takes_the_same_path_as_dr_grpo() -> None:
     found = q.rloo_identity()
-    assert found["moved"] > 1e-4 and found["gap"] < 1e-8
+    assert found["moved"] > 1e-4 and found["gap"] < 1e-6
 
 
 def test_lengths_by_outcome_are_counted_by_hand(monkeypatch) -> None:

@@ -2,9 +2,9 @@
 
     python tests/mutants/run.py [SLUG ...]
 
-A patch begins with lines `why: …` and `test: tests/…::name` (several `test:` lines: each must fail). It is
-applied to a scratch copy of the book, never to the checkout. Every named test must pass there without the
-patch: a test that fails anyway finds nothing. The exit code is the number of patches whose fault stayed unseen.
+A patch begins with lines `why: …` and `test: tests/…::name` (several of them: each must fail). It is
+applied to a scratch copy, never to the checkout. Every named test must pass there without the patch: a test
+that fails anyway finds nothing. The exit code is the number of patches whose fault stayed unseen.
 """
 
 from __future__ import annotations
