@@ -345,6 +345,8 @@ def seeded(value: Any, device: str) -> Iterator[None]:
 def measured(meta: dict[str, Any], device: str) -> Iterator[None]:
     """Fill `meta` with seconds, peak_ram_gib (of this process) and peak_gpu_gib (None on the CPU)."""
     cuda: Any = sys.modules["torch"].cuda if device == "cuda" and "torch" in sys.modules else None
+    if cuda:
+        cuda.init()  # nothing has used the GPU yet: its statistics do not exist
     gpus = range(cuda.device_count() if cuda else 0)
     for gpu in gpus:
         cuda.reset_peak_memory_stats(gpu)
