@@ -1438,7 +1438,7 @@ def bench_objectives(base, size: dict, rl: dict, speed: dict) -> dict[str, Any]:
 def rollout_speed(model, prompts: list[list[int]], new_tokens: int, repeats: int) -> dict[str, np.ndarray]:
     """Tokens per second of the captured step and of `generate`, same prompts, full budget, taking turns.
 
-    Both in bfloat16 on a GPU (float32 on a CPU); "generate_float32": the peer in float32, which may be faster.
+    Both in bfloat16 on a GPU (float32 on a CPU); "generate_float32" is the peer in float32, maybe faster.
     "limit": one value, the step that only reads weights and cache, once each, at the measured copy bandwidth.
     """
     never = model.config.vocab_size  # a token that does not exist: no row ends early on either side
@@ -1685,22 +1685,21 @@ STYLE = plots.arms(list(NAMES))
 
 def draw_exact(results):
     """Cosine with the true gradient, and what a step does to wrong answers, one dot per random table."""
-    figure, axes = plt.subplots(1, 2, figsize=(7.8, 3.2))
+    figure, axes = plt.subplots(1, 2, figsize=(8.4, 3.2), sharey=True)
     for ax, metric in zip(axes, ("gradient_cosine", "wrong_length_slope"), strict=True):
         found = results.metrics.get(metric, {})
-        names = [
-            n for n in NAMES if n in found and n != "rloo" and not (n == "true_gradient" and ax is axes[0])
-        ]
+        names = [n for n in NAMES if n in found and n != "rloo"]
         for i, name in enumerate(names):
             values = np.array(found[name])
             ax.barh(i, values.mean(), color=STYLE[name]["color"], alpha=0.35)
             ax.plot(values, np.full(len(values), i), "o", markersize=3, color=STYLE[name]["color"])
         ax.set_yticks(range(len(names)), [NAMES[n] for n in names])
-        ax.invert_yaxis()
+    axes[0].invert_yaxis()
     low = min((min(v) for v in results.metrics.get("gradient_cosine", {}).values()), default=0.9)
     axes[0].set_xlim(math.floor(low * 20) / 20, 1.005)
-    plots.label(axes[0], "cosine with the true gradient (1)", "objective")
-    plots.label(axes[1], "d (wrong length) / d step (tokens)", "objective")
+    plots.label(axes[0], "cosine with the truth (1)", "objective")
+    plots.label(axes[1], "wrong length per step (tokens)", "objective")
+    axes[1].set_ylabel("")
     return figure
 
 
