@@ -144,7 +144,7 @@ S = run.settings(
         seeds=1, arms=["grpo", "dr_grpo"], puzzles=["main", "shared"], rates=[4e-4], penalties=[],
         size=dict(hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4),
         pretrain=dict(steps=0, adapt=0, batch=64, lr=4e-3, from_checkpoint=True),
-        rl=dict(steps=40, tune_steps=40, rollouts=128, updates=2, budget=64, group_size=8,
+        rl=dict(steps=30, tune_steps=30, rollouts=128, updates=2, budget=64, group_size=8,
                 terms=[1, 2], pool=10000),
         evaluate=dict(questions=128, samples=4, hard_terms=[3, 3]),
         exact=dict(tables=20, group_size=8),
