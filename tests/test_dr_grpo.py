@@ -362,7 +362,7 @@ def test_groups_with_equal_rewards_teach_nothing() -> None:
     before = torch.cat([p.detach().flatten() for p in model.parameters()])
     history = q.rl_train(
         model, tokenizer, q.questions_of(range(9), [1, 1]), "grpo", 1, lr=1e-3, group_size=4, rollouts=8,
-        updates=1, budget=6, reward=lambda question, text: True, optimizer="sgd",
+        updates=1, budget=6, reward=lambda question, text: False, optimizer="sgd",
     )  # fmt: skip
     assert history["zero_groups"][0] == 1 and history["grad_norm"][0] == 0
     assert torch.equal(before, torch.cat([p.detach().flatten() for p in model.parameters()]))
