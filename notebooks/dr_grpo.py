@@ -373,7 +373,8 @@ class ChunkedLogps(torch.autograd.Function):
 
 # %% [markdown]
 # Prompts have different lengths and are padded on the left, so that all responses of a batch start in one
-# column. A row must not notice its padding: position ids count real tokens only.
+# column. A row must not notice its padding. So each row is moved to the left first: what is then padding stands
+# behind it, where causal attention never looks, and position ids count from the first real token.
 
 
 # %%
@@ -396,10 +397,12 @@ def token_logps(
         raise ValueError(
             f"{shapes}, prompt_len {prompt_len}: shapes must agree and leave room for a completion"
         )
-    positions = (attention_mask.cumsum(1) - 1).clamp_min(0)
+    columns, pads = torch.arange(ids.shape[1], device=ids.device), (attention_mask.cumsum(1) == 0).sum(1)
+    moved = ids.gather(1, (columns + pads[:, None]).clamp_max(len(columns) - 1))  # every row begins in column 0
     backbone, head = model.get_decoder(), model.get_output_embeddings().weight
-    states = backbone(input_ids=ids, attention_mask=attention_mask, position_ids=positions, use_cache=False)
-    hidden = states.last_hidden_state[:, prompt_len - 1 : -1]  # the state before a token predicts it
+    states = backbone(input_ids=moved, use_cache=False).last_hidden_state
+    before = columns[prompt_len - 1 : -1] - pads[:, None]  # the state before a token predicts it
+    hidden = states.gather(1, before[..., None].expand(-1, -1, states.shape[-1]))
     targets, kind = ids[:, prompt_len:], ids.device.type
     if torch.is_autocast_enabled(kind):
         hidden, head = (x.to(torch.get_autocast_dtype(kind)) for x in (hidden, head))
@@ -1181,9 +1184,12 @@ def train_and_measure(arm: str, seed: int, lr: float, penalty: float, base, size
 
 
 def tune_arm(arm: str, lr: float, base, size: dict, rl: dict, penalty: float = 0.0) -> dict[str, Any]:
-    """Mean reward and wrong length over the last quarter of a run on the tuning seed."""
+    """Mean reward and wrong length over the last quarter of a run on the tuning seed; 0 where it diverges."""
     short = {**rl, "steps": rl["tune_steps"]}
-    history = train_and_measure(arm, TUNING_SEED, lr, penalty, base, size, short)[2]
+    try:
+        history = train_and_measure(arm, TUNING_SEED, lr, penalty, base, size, short)[2]
+    except FloatingPointError:
+        return {"reward": 0.0, "wrong": float(rl["budget"])}
     last = slice(-max(1, rl["tune_steps"] // 4), None)
     return {
         "reward": float(history["reward"][last].mean()),
@@ -1468,7 +1474,7 @@ def bench_rollouts(base, size: dict, shape: dict) -> dict[str, Any]:
     """Sampling speed on the chapter's model and on a 10.7 M parameter Llama; greedy tokens that differ."""
     model, tokenizer = policy_of(base, size)
     prompts = tokenizer([q.prompt for q in questions_of(range(shape["batch"]), [2, 2])]).input_ids
-    repeats = min(5, shape["repeats"])
+    repeats = min(4, shape["repeats"])
     out = {f"own__{k}": v for k, v in rollout_speed(model, prompts, shape["new_tokens"], repeats).items()}
     greedy = dict(max_new_tokens=shape["new_tokens"], do_sample=False)
     ids = torch.tensor(prompts, device=run.device)

@@ -39,11 +39,12 @@ class Updater:
         self.average = copy.deepcopy(model).requires_grad_(False) if ema else None
 
     def __call__(self, loss: torch.Tensor) -> torch.Tensor:
-        if not torch.isfinite(loss.detach()):
-            raise FloatingPointError(f"loss is {loss.item()} at update {self.count}: training stopped")
         self.optimizer.param_groups[0]["lr"] = self.rate(self.count)
         self.accelerator.backward(loss) if self.accelerator else loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.clip or math.inf)
+        if not torch.isfinite(norm):
+            values = f"loss is {loss.item()}, gradient norm {norm.item()}"
+            raise FloatingPointError(f"{values} at update {self.count}: training stopped, weights left alone")
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.count += 1
