@@ -66,6 +66,11 @@ def calls(node: ast.AST, name: str) -> list[ast.Call]:
     return [call for call in found if name in (getattr(call.func, "id", ""), getattr(call.func, "attr", ""))]
 
 
+def waiting() -> list[str]:
+    """Chapters whose GPU run is still to come."""
+    return yaml.safe_load((paths.data() / "chapters.yml").read_text(encoding="utf-8"))["unrecorded"]
+
+
 def listed() -> dict[str, dict[str, Any]]:
     parts = yaml.safe_load((paths.data() / "chapters.yml").read_text(encoding="utf-8"))["parts"]
     return {one["slug"]: {**one, "part": part["part"]} for part in parts for one in part["chapters"]}
@@ -266,6 +271,9 @@ def test_record_is_there_and_decides_the_headlines(slug: str) -> None:
     from readrun import records
 
     record = records.validate(slug)
+    if slug in waiting():  # said on its page, the front page and the scoreboard
+        assert record is None, f"{slug} has a record: take it off `unrecorded` in data/chapters.yml"
+        return
     assert record is not None, (
         f"no record: python -m readrun record {slug} --out DIR; python -m readrun merge {slug} DIR"
     )
@@ -281,6 +289,7 @@ def test_list_of_chapters_table_of_contents_and_bibliography_agree() -> None:
     assert top
     rows = listed()
     assert len(rows) == 22
+    assert set(waiting()) <= set(paths.chapters())
     toc = yaml.safe_load((top / "book" / "_toc.yml").read_text(encoding="utf-8"))["parts"]
     in_toc = [
         Path(e["file"]).name for part in toc for e in part["chapters"] if e["file"].startswith("chapters/")
