@@ -373,8 +373,8 @@ class ChunkedLogps(torch.autograd.Function):
 
 # %% [markdown]
 # Prompts have different lengths and are padded on the left, so that all responses of a batch start in one
-# column. A row must not notice its padding. So each row is moved to the left first: what is then padding stands
-# behind it, where causal attention never looks, and position ids count from the first real token.
+# column. A row must not notice its padding. So each row is moved to the left first: what is then padding
+# stands behind it, where causal attention never looks, and position ids count from the first real token.
 
 
 # %%
@@ -398,7 +398,7 @@ def token_logps(
             f"{shapes}, prompt_len {prompt_len}: shapes must agree and leave room for a completion"
         )
     columns, pads = torch.arange(ids.shape[1], device=ids.device), (attention_mask.cumsum(1) == 0).sum(1)
-    moved = ids.gather(1, (columns + pads[:, None]).clamp_max(len(columns) - 1))  # every row begins in column 0
+    moved = ids.gather(1, (columns + pads[:, None]).clamp_max(len(columns) - 1))  # rows begin in column 0
     backbone, head = model.get_decoder(), model.get_output_embeddings().weight
     states = backbone(input_ids=moved, use_cache=False).last_hidden_state
     before = columns[prompt_len - 1 : -1] - pads[:, None]  # the state before a token predicts it
