@@ -182,7 +182,9 @@ def unit_key(fn: Callable[..., Any], arguments: dict[str, Any], run: Run) -> str
     call = [content.SCHEME, name, plain(arguments, f"{name}: argument")]
     module = inner.__module__.removeprefix("readrun.")
     if module != inner.__module__ and not module.startswith("chapters."):
-        return content.digest([call, content.modules_reached(ast.parse(f"import readrun.{module}").body)])
+        trees = [*ast.parse(f"import readrun.{module}").body, ast.parse(repr(call))]
+        modules = content.modules_reached(trees)
+        return content.digest([call, modules, content.assets_reached(trees, modules, run.slug)])
     values = content.key_parameters(run.slug, run.parameters)
     given = run.parameters | {k: v for k, v in inner.__globals__.items() if k in run.parameters}
     leaves = frozenset(k for k, v in given.items() if not callable(v))
