@@ -196,7 +196,7 @@ def test_free_names_are_those_of_the_compiler(file: Path) -> None:
                 elif isinstance(part, ast.AnnAssign):
                     part.annotation = ast.Constant(0)
             table = symtable.symtable(ast.unparse(node), "f", "exec")
-            free = content.free_names(node)
+            free = content.scope(node)[0]
             assert read(table) - {"__class__"} <= free, node.name
             fields = {s.target.id for s in getattr(node, "body", []) if isinstance(s, ast.AnnAssign)}
             assert free - (fields if isinstance(node, ast.ClassDef) else set()) <= read(table), node.name
@@ -224,7 +224,7 @@ def test_free_names_are_those_of_the_compiler(file: Path) -> None:
     ],
 )
 def test_free_names(source: str, names: set[str]) -> None:
-    assert content.free_names(ast.parse(source).body[0]) == names
+    assert content.scope(ast.parse(source).body[0])[0] == names
 
 
 @pytest.mark.parametrize(
@@ -400,10 +400,11 @@ def test_render_key_follows_presentation_claims_and_record(
     book: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     edit(book, 'print("drawn")', "from readrun import plots")
-    library(book, monkeypatch, plots="from readrun import media", media="A = 1", rl="B = 1", picker="C = 1")
+    library(book, monkeypatch, plots="from readrun import media", media="A = 1", rl="B = 1", publish="C = 1")
     key, own = content.render_key("toy"), content.content_key("toy")
     for file in (
         "lib/media.py",
+        "lib/template/verdicts.html",
         "data/papers/toy.yml",
         "data/results/toy.gpu.json",
         "data/results/toy.gpu.npz",
@@ -412,7 +413,7 @@ def test_render_key_follows_presentation_claims_and_record(
         (book / file).write_text("# changed")
         assert content.render_key("toy") != key, file
         key = content.render_key("toy")
-    (book / "lib/picker.py").write_text("C = 2")  # not used by this chapter
+    (book / "lib/publish.py").write_text("C = 2")  # draws nothing
     (book / "lib/rl.py").write_text("B = 2")  # not presentation
     assert content.render_key("toy") == key
     assert content.content_key("toy") != own

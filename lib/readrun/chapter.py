@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-import builtins
+import codeop
 import importlib
 import linecache
 import sys
@@ -36,33 +36,16 @@ def _fingerprint(script: Path) -> tuple[str, str]:
     return str(script), script.read_text(encoding="utf-8")
 
 
-def definitions(source: str, filename: str) -> tuple[ast.Module, dict[str, str]]:
-    """What `chapter` executes of a script; for each definition that needs the experiment, what it needs."""
-    from readrun.content import DEFINITIONS, MUTATORS, call_name, effects, free_names
+def _defined(node: ast.stmt) -> frozenset[str]:
+    """Names that a statement of a script defines for `chapter`; empty: it belongs to the experiment."""
+    from readrun.content import DEFINITIONS, effects
 
-    kept: list[ast.stmt] = []
-    known = set(dir(builtins)) | {"__file__", "__name__", "__doc__"}
-    left_out: dict[str, str] = {}
-    for node in ast.parse(source, filename).body:
-        binds, changes, touches = effects(node)
-        names = binds | changes
-        if (
-            isinstance(node, ast.Expr)
-            and isinstance(node.value, ast.Call)
-            and call_name(node.value) in MUTATORS
-        ):
-            names |= touches  # CONSTANT.update(...)
-        simple = isinstance(node, (*DEFINITIONS, ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Expr))
-        constant = simple and bool(names) and all(n.isupper() for n in names)
-        if not (constant or isinstance(node, DEFINITIONS) or _only_imports(node)):
-            continue
-        missing = sorted(free_names(node, deferred=False) - known - names)
-        if changes - known and simple or missing:
-            left_out |= dict.fromkeys(names, f"line {node.lineno} needs {', '.join(missing) or 'more'}")
-        else:
-            known |= names
-            kept.append(node)
-    return ast.Module(kept, []), left_out
+    binds, changes, touches = effects(node)
+    if isinstance(node, DEFINITIONS) or _only_imports(node):
+        return binds | changes
+    names = binds | changes | (touches if isinstance(node, ast.Expr) else set())  # CONSTANT.update(...)
+    simple = isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Expr))
+    return names if simple and all(name.isupper() for name in names) else frozenset()
 
 
 def _only_imports(node: ast.stmt) -> bool:
@@ -74,7 +57,7 @@ def _only_imports(node: ast.stmt) -> bool:
     return not all(fallback) and all(f or _only_imports(s) for f, s in zip(fallback, parts, strict=True))
 
 
-class _Finder(MetaPathFinder, Loader):
+class Finder(MetaPathFinder, Loader):
     def find_spec(self, fullname: str, path: object = None, target: object = None) -> ModuleSpec | None:
         slug = fullname.removeprefix(PREFIX)
         if slug == fullname or not slug.isidentifier() or not paths.notebook(slug).is_file():
@@ -85,18 +68,17 @@ class _Finder(MetaPathFinder, Loader):
         assert module.__spec__ is not None
         file = str(module.__spec__.origin)
         linecache.checkcache(file)
-        path_and_source = _fingerprint(Path(file))
-        tree, left_out = definitions(path_and_source[1], file)
+        path_and_source, compiled = _fingerprint(Path(file)), codeop.Compile()  # it keeps `from __future__`
+        left_out: dict[str, str] = {}
 
         def absent(name: str) -> Any:
             reason = f": {left_out[name]} of the experiment" if name in left_out else ""
             raise AttributeError(f"chapter {Path(file).stem} does not define {name!r}{reason}")
 
         module.__dict__.update(__file__=file, __readrun__=path_and_source, __getattr__=absent)
-        exec(compile(tree, file, "exec"), module.__dict__)
-
-
-def install() -> None:
-    """Put the finder on `sys.meta_path`, once."""
-    if not any(isinstance(f, _Finder) for f in sys.meta_path):
-        sys.meta_path.append(_Finder())
+        for node in ast.parse(path_and_source[1], file).body:
+            if names := _defined(node):
+                try:
+                    exec(compiled(ast.Module([node], []), file, "exec"), module.__dict__)  # type: ignore[arg-type]
+                except NameError as error:
+                    left_out |= dict.fromkeys(names, f"line {node.lineno} needs {error.name}")

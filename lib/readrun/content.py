@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -20,13 +20,12 @@ from typing import Any
 
 from readrun import paths
 
-SCHEME = (
-    1  # raise it when a change in a CORE module alters what a unit computes: no key contains their source
-)
+SCHEME = 2  # raise it when a change in a CORE module alters what a unit computes: no key has their source
 CORE = frozenset("__init__ paths run units content chapter".split())
-PRESENTATION = frozenset(
-    "plots picker media tables publish execute records claims stats __main__ kernel new".split()
-)
+DRAWING = frozenset(
+    "plots picker media tables records claims stats".split()
+)  # what a page shows, not what is computed
+PRESENTATION = DRAWING | {"publish", "execute", "__main__", "kernel", "new"}
 PROFILES = ("smoke", "cpu", "gpu")
 NOT_IN_KEY = frozenset({"seed", "seeds", "only", "out", "device"})
 MUTATORS = frozenset(  # methods that change their object; so do those that end with an underscore
@@ -35,7 +34,7 @@ MUTATORS = frozenset(  # methods that change their object; so do those that end 
 )
 HARMLESS = frozenset({"print", "display", "len", "repr", "show"})
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
-COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+SCOPES = (*FUNCTIONS, ast.ClassDef, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom)
 
 
@@ -62,27 +61,21 @@ def cells(slug: str) -> list[Cell]:
 @lru_cache(maxsize=64)
 def split_percent(text: str) -> tuple[Cell, ...]:
     """The cells of a py:percent script; each starts with `# %% title [kind] tags=[...]`."""
-    lines = text.split("\n")
+    lines, found = text.split("\n"), []
     start = lines.index("# ---", 1) + 1 if lines[0] == "# ---" and "# ---" in lines[1:] else 0
     marks = [i for i in range(start, len(lines)) if re.match(r"# %%(\s|$)", lines[i])]
-    if any(line.strip() for line in lines[start : marks[0] if marks else None]):
-        marks.insert(0, start - 1)  # code before the first marker is a cell too
-    found = []
-    for mark, end in pairwise([*marks, len(lines)]):
-        head, body, first = lines[mark] if mark >= start else "", lines[mark + 1 : end], mark + 2
-        while body and not body[-1].strip():
-            body.pop()
-        while body and not body[0].strip():
-            body, first = body[1:], first + 1
+    for mark, end in pairwise([start - 1, *marks, len(lines)]):
+        head = lines[mark] if mark >= start else ""
+        full = [i for i in range(mark + 1, end) if lines[i].strip()]
+        first, last = (full[0], full[-1] + 1) if full else (mark + 1, mark + 1)
+        if not head and not full:  # code before the first marker is a cell too
+            continue
         kind = re.search(r"\[(markdown|md|raw)\]", head)
         tags = re.search(r'\btags"?\s*[=:]\s*(\[[^\]]*\])', head)
-        if kind and body and body[0] == body[-1] == '"""':
-            body, first = body[1:-1], first + 1
-        else:
-            pattern = r"^# ?()" if kind else r"^# ([%!]\S)"  # text and magics stand in comments
-            body = [re.sub(pattern, r"\1", line) for line in body]
+        pattern = r"^# ?()" if kind else r"^# ([%!]\S)"  # text and magics stand in comments
+        source = "\n".join(re.sub(pattern, r"\1", line) for line in lines[first:last])
         name = {"md": "markdown"}.get(kind[1], kind[1]) if kind else "code"
-        found.append(Cell("\n".join(body), tuple(json.loads(tags[1])) if tags else (), name, first))
+        found.append(Cell(source, tuple(json.loads(tags[1])) if tags else (), name, first + 1))
     return tuple(found)
 
 
@@ -98,8 +91,7 @@ def parse(source: str) -> list[ast.stmt]:
     try:
         return ast.parse(source).body
     except SyntaxError:
-        plain = re.sub(r"(?m)^([ \t]*)([%!?].*|.*\?)$", lambda m: m[1] + repr(m[2]), source)
-        return ast.parse(plain).body
+        return ast.parse(re.sub(r"(?m)^([ \t]*)([%!?].*|.*\?)$", lambda m: m[1] + repr(m[2]), source)).body
 
 
 def canonical(node: Any, profile: str = "") -> str:
@@ -131,50 +123,46 @@ def is_text(node: ast.stmt) -> bool:
     return isinstance(node, ast.Expr) and isinstance(getattr(node.value, "value", None), str)
 
 
+def call_name(call: ast.Call) -> str:
+    """`f` of f(...) and of a.b.f(...)."""
+    return getattr(call.func, "attr", getattr(call.func, "id", ""))
+
+
 @lru_cache(maxsize=8192)
-def _scope(nodes: tuple[ast.AST, ...], deferred: bool) -> tuple[frozenset[str], frozenset[str]]:
+def nodes(tree: ast.AST) -> tuple[ast.AST, ...]:
+    """All nodes of a tree."""
+    return tuple(ast.walk(tree))
+
+
+@lru_cache(maxsize=8192)
+def scope(*todo: ast.AST) -> tuple[frozenset[str], frozenset[str]]:
     """Names that a scope reads from outside, and that it binds; `global x` also reads "global x"."""
-    reads: set[str] = set()
-    binds: set[str] = set()
-    todo = list(nodes)
-    while todo:
-        node = todo.pop()
+    reads, binds, stack = set[str](), set[str](), list(todo)
+    while stack:
+        node = stack.pop()
         children = list(ast.iter_child_nodes(node))
         if isinstance(node, ast.Name):
             (reads if isinstance(node.ctx, ast.Load) else binds).add(node.id)
         elif isinstance(node, ast.Global):
             reads |= {*node.names, *(f"global {name}" for name in node.names)}
-        elif isinstance(node, (*FUNCTIONS, ast.ClassDef, *COMPREHENSIONS)):
+        elif isinstance(node, SCOPES):
             if isinstance(node, FUNCTIONS):  # decorators and defaults belong to the outer scope
                 outer = [*getattr(node, "decorator_list", []), *node.args.defaults, *node.args.kw_defaults]
-                todo += [n for n in outer if n]
+                stack += [n for n in outer if n]
                 children = [node.args, *(node.body if isinstance(node.body, list) else [node.body])]
-                children = children if deferred else []
-            inner, own = _scope(tuple(children), deferred)
+            inner, own = scope(*children)
             reads |= inner if isinstance(node, ast.ClassDef) else inner - own  # methods see no class names
             reads |= {name for name in own if f"global {name}" in inner}
             binds |= {node.name} if hasattr(node, "name") else set()
-        else:
-            if isinstance(node, ast.alias):
-                binds.add(node.asname or node.name.split(".")[0])
-            elif isinstance(node, ast.arg):
-                binds.add(node.arg)
-            else:  # except … as name, case … as name, case {**rest}
-                binds |= {str(n) for n in (getattr(node, "name", 0), getattr(node, "rest", 0)) if n}
-            todo += children
+            continue
+        elif isinstance(node, ast.alias):
+            binds.add(node.asname or node.name.split(".")[0])
+        elif isinstance(node, ast.arg):
+            binds.add(node.arg)
+        else:  # except … as name, case … as name, case {**rest}
+            binds |= {str(n) for n in (getattr(node, "name", 0), getattr(node, "rest", 0)) if n}
+        stack += children
     return frozenset(reads), frozenset(binds)
-
-
-def free_names(node: ast.AST, deferred: bool = True) -> frozenset[str]:
-    """Global names that a top-level statement reads; without `deferred`, only those needed to execute it."""
-    return _scope((node,), deferred)[0]
-
-
-def _own(node: ast.AST) -> Iterator[ast.AST]:
-    """The nodes of a statement that run when it does."""
-    yield node
-    for child in [] if isinstance(node, (*FUNCTIONS, ast.ClassDef)) else ast.iter_child_nodes(node):
-        yield from _own(child)
 
 
 def _root(node: ast.AST) -> str:
@@ -183,35 +171,25 @@ def _root(node: ast.AST) -> str:
     return node.id if isinstance(node, ast.Name) else ""
 
 
-def call_name(call: ast.Call) -> str:
-    """`f` of f(...) and of a.b.f(...)."""
-    return getattr(call.func, "attr", getattr(call.func, "id", ""))
-
-
 def effects(node: ast.stmt) -> tuple[frozenset[str], frozenset[str], frozenset[str]]:
     """Names that a top-level statement binds anew, changes, perhaps changes (by a call on or with them)."""
-    reads, binds = _scope((node,), False)
+    reads, binds = scope(node)
     if isinstance(node, DEFINITIONS):
         return binds, frozenset(), frozenset()
     fresh = binds - reads if isinstance(node, (ast.Assign, ast.AnnAssign)) else frozenset()
-    changed, touched = set(binds - fresh), set()
-    for part in _own(node):
+    changed, touched = set(binds - fresh), set[str]()
+    for part in nodes(node):
         if isinstance(part, (ast.Attribute, ast.Subscript)) and not isinstance(part.ctx, ast.Load):
             changed.add(_root(part))
         elif isinstance(part, ast.Call) and isinstance(part.func, ast.Attribute):
-            name = part.func.attr
-            if name.startswith(
-                "set_"
-            ):  # torch.set_default_dtype(...) counts, torch.manual_seed(...) does not
+            name = part.func.attr  # torch.set_default_dtype(...) counts, torch.manual_seed(...) does not
+            if name.startswith("set_"):
                 changed.add(_root(part.func))
             elif name in MUTATORS or re.fullmatch(r".*[^_]_", name):
                 touched.add(_root(part.func))
         elif isinstance(part, ast.Expr) and isinstance(part.value, ast.Call):
             if _root(part.value.func) not in HARMLESS:
-                touched |= {
-                    _root(part.value.func),
-                    *(_root(a) for a in part.value.args if isinstance(a, ast.Name)),
-                }
+                touched |= {_root(a) for a in (part.value.func, *part.value.args)}
     return fresh, frozenset(changed - {""}), frozenset(touched - {""})
 
 
@@ -220,9 +198,9 @@ def binding_of(node: ast.stmt, name: str) -> ast.stmt:
     if not isinstance(node, (ast.Import, ast.ImportFrom)):
         return node
     names = [a for a in node.names if name == (a.asname or a.name.split(".")[0])]
-    return (
-        ast.Import(names) if isinstance(node, ast.Import) else ast.ImportFrom(node.module, names, node.level)
-    )
+    if isinstance(node, ast.Import):
+        return ast.Import(names)
+    return ast.ImportFrom(node.module, names, node.level)
 
 
 @dataclass(frozen=True)
@@ -240,7 +218,7 @@ class Statement:
 def statements(source: str) -> tuple[Statement, ...]:
     """The top-level statements of a cell; none if it does not parse (then it never ran)."""
     try:
-        return tuple(Statement(node, *effects(node), free_names(node)) for node in parse(source))
+        return tuple(Statement(node, *effects(node), scope(node)[0]) for node in parse(source))
     except SyntaxError:
         return ()
 
@@ -253,61 +231,42 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def _tree(module: str) -> ast.Module:
-    path = paths.library() / f"{module}.py"
-    return _read_tree(path, path.stat().st_mtime_ns)
+def module(name: str) -> tuple[ast.Module, str]:
+    """Tree and digest of a `readrun` module; comments and docstrings do not count."""
+    path = paths.library() / f"{name}.py"
+    return _module(path, path.stat().st_mtime_ns)
 
 
 @lru_cache(maxsize=128)
-def _read_tree(path: Path, stamp: int) -> ast.Module:
-    return ast.parse(path.read_text(encoding="utf-8"), str(path))
-
-
-@lru_cache(maxsize=128)
-def _tree_digest(tree: ast.Module) -> str:
-    return digest(canonical(tree))
-
-
-@lru_cache(maxsize=8192)
-def nodes(tree: ast.AST) -> tuple[ast.AST, ...]:
-    """All nodes of a tree."""
-    return tuple(ast.walk(tree))
+def _module(path: Path, stamp: int) -> tuple[ast.Module, str]:
+    tree = ast.parse(path.read_text(encoding="utf-8"), str(path))
+    return tree, digest(canonical(tree))
 
 
 @lru_cache(maxsize=8192)
 def modules_in(tree: ast.AST) -> frozenset[str]:
     """The `readrun` modules that a tree imports or names as `readrun.x`."""
-    names: set[str] = set()
+    names: list[str] = []
     for node in nodes(tree):
         if isinstance(node, ast.Import):
-            names |= {a.name.split(".")[1] for a in node.names if a.name.startswith("readrun.")}
+            names += [a.name for a in node.names]
         elif isinstance(node, ast.ImportFrom):
-            package, _, rest = (
-                f"readrun.{node.module or ''}" if node.level else node.module or ""
-            ).partition(".")
-            if package == "readrun":
-                names |= {rest.split(".")[0]} if rest else {a.name for a in node.names}
-        elif (
-            isinstance(node, ast.Attribute)
-            and isinstance(node.value, ast.Name)
-            and node.value.id == "readrun"
-        ):
-            names.add(node.attr)
-    return frozenset(n for n in names if (paths.library() / f"{n}.py").is_file())
+            package = f"readrun.{node.module or ''}".rstrip(".") if node.level else node.module or ""
+            names += [f"{package}.{a.name}" for a in node.names]
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            names.append(f"{node.value.id}.{node.attr}")
+    parts = {name.split(".")[1] for name in names if name.startswith("readrun.")}
+    return frozenset(n for n in parts if (paths.library() / f"{n}.py").is_file())
 
 
-def modules_reached(trees: Iterable[ast.AST], presentation: bool = False) -> dict[str, str]:
-    """Digest of each `readrun` module that `trees` use, directly or through another; CORE is left out.
-
-    So is PRESENTATION; with `presentation`, only those count, and all that their sources say.
-    """
+def modules_reached(trees: Iterable[ast.AST]) -> dict[str, str]:
+    """Digest of each `readrun` module that `trees` use, not CORE or PRESENTATION ones, also indirectly."""
     found: dict[str, str] = {}
     todo = {m for tree in trees for m in modules_in(tree)}
-    while todo := {m for m in todo - CORE if (m in PRESENTATION) == presentation and m not in found}:
+    while todo := todo - CORE - PRESENTATION - found.keys():
         name = todo.pop()
-        file = paths.library() / f"{name}.py"
-        found[name] = paths.file_sha256(file) if presentation else _tree_digest(_tree(name))
-        todo |= modules_in(_tree(name))
+        tree, found[name] = module(name)
+        todo |= modules_in(tree)
     return dict(sorted(found.items()))
 
 
@@ -325,35 +284,31 @@ def _asset_names(tree: ast.AST) -> frozenset[str]:
 
 def assets_reached(trees: Iterable[ast.AST], modules: Iterable[str], slug: str) -> dict[str, str]:
     """Digest of each asset that `trees` or `modules` name; of all the chapter's if a name is computed."""
-    names = {name or slug for tree in [*trees, *map(_tree, modules)] for name in _asset_names(tree)}
-    return {name: assets_digest(name) for name in sorted(names) if paths.assets(name).exists()}
+    named = {n or slug for tree in [*trees, *(module(m)[0] for m in modules)] for n in _asset_names(tree)}
+    return {name: assets_digest(name) for name in sorted(named) if paths.assets(name).exists()}
 
 
 def assets_digest(name: str) -> str:
     """Digest of the file or folder data/assets/`name`."""
-    return digest([[p.relative_to(paths.data()).as_posix(), paths.file_sha256(p)]
-                   for p in paths.asset_files(paths.assets(name))])  # fmt: skip
+    files = paths.asset_files(paths.assets(name))
+    return digest([[p.relative_to(paths.data()).as_posix(), paths.file_sha256(p)] for p in files])
 
 
 def default_parameters(slug: str) -> dict[str, Any]:
     """The values in a chapter's cell with the tag `parameters`."""
     script = cells(slug) if paths.notebook(slug).is_file() else []
-    nodes = [node for cell in script if "parameters" in cell.tags for node in parse(cell.source)]
-    return {n.targets[0].id: ast.literal_eval(n.value) for n in nodes  # type: ignore[attr-defined]
-            if isinstance(n, ast.Assign)}  # fmt: skip
+    found = [node for cell in script if "parameters" in cell.tags for node in parse(cell.source)]
+    return {_root(n.targets[0]): ast.literal_eval(n.value) for n in found if isinstance(n, ast.Assign)}
 
 
 def key_parameters(slug: str, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The parameters on which a chapter's results depend: profile, checkpoint, its own; with defaults."""
     values = default_parameters(slug)
-    values |= {
-        k: v for k, v in (given or {}).items() if not values or k in (*values, "profile", "checkpoint")
-    }
+    known = (*values, "profile", "checkpoint") if values else given or ()
+    values |= {k: v for k, v in (given or {}).items() if k in known}
     values["profile"] = values.get("profile") or os.environ.get("READRUN_PROFILE") or "cpu"
     local = Path(values.setdefault("checkpoint", "")).expanduser()
-    if (
-        values["checkpoint"] and local.exists()
-    ):  # gigabytes perhaps: names, sizes and time stamps stand for it
+    if values["checkpoint"] and local.exists():  # gigabytes perhaps: names, sizes, time stamps stand for it
         files = sorted(p for p in [local, *local.rglob("*")] if p.is_file())
         values["checkpoint"] = [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in files]
     return {k: v for k, v in values.items() if k not in NOT_IN_KEY}
@@ -377,10 +332,10 @@ def content_key(slug: str, parameters: Mapping[str, Any] | None = None) -> str:
 
 
 def render_key(slug: str, parameters: Mapping[str, Any] | None = None) -> str:
-    """Digest of what a chapter's page shows besides: exact sources, presentation modules, claims, record."""
+    """Digest of what a chapter's page shows besides: exact sources, what draws, claims, record."""
     code = [cell.source for cell in cells(slug) if cell.kind == "code"]
-    uses = [node for source in code for node in parse(source)]
-    modules = modules_reached([*uses, *ast.parse("import readrun.records, readrun.tables").body], True)
     files = [paths.papers(slug), paths.results(slug), paths.results(slug, "npz")]
-    record = [[path.name, paths.file_sha256(path)] for path in files if path.is_file()]
-    return digest([code, modules, record, dict(parameters or {})])
+    files += [paths.library() / f"{name}.py" for name in sorted(DRAWING)]
+    files += sorted(paths.library().glob("template/*.html"))
+    shown = [[path.name, paths.file_sha256(path)] for path in files if path.is_file()]
+    return digest([code, shown, dict(parameters or {})])

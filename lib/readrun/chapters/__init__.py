@@ -1,5 +1,7 @@
-"""`readrun.chapters.<slug>`: a chapter's definitions, also for workers, which import this package."""
+"""Chapters as modules: `readrun.chapters.<slug>` is made from notebooks/<slug>.py when it is imported."""
 
-from readrun.chapter import install
+import sys
 
-install()
+from readrun.chapter import Finder
+
+sys.meta_path.append(Finder())
