@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import multiprocessing
 import os
@@ -276,6 +277,37 @@ def test_unit_wants_a_named_function(book: Path, bad: Any) -> None:
     run = execute(book)["run"]
     with pytest.raises(TypeError, match="not a function with a name"):
         run.unit(bad, n=1)
+
+
+def closure(factor: int) -> Any:
+    def scaled(n: int) -> dict[str, Any]:
+        return {"value": n * factor}
+
+    return scaled
+
+
+def default(factor: int) -> Any:
+    def scaled(n: int, factor: int = factor) -> dict[str, Any]:
+        return {"value": n * factor}
+
+    return scaled
+
+
+def test_what_no_source_shows_is_refused_or_counts(book: Path) -> None:
+    """Two functions of one source, another function under the same name: never the same key."""
+    run = execute(book)["run"]
+    with pytest.raises(TypeError, match="scaled must be defined at the top level"):
+        run.unit(closure(2), n=1)
+    assert [run.unit(default(f), n=1)["value"] for f in (2, 3)] == [2, 3]
+    wrapped = functools.wraps(work)(lambda **arguments: {"other": 1})
+    with pytest.raises(TypeError, match="work must .* be what work stands for there"):
+        run.unit(wrapped, name="a")
+
+
+@pytest.mark.parametrize("use", ["run.seeds", "S.seeds", "len((lambda r: r.seeds)(run))"])
+def test_a_unit_that_reads_the_seeds_of_the_run_depends_on_them(book: Path, use: str) -> None:
+    text = NOTEBOOK.replace('"text": template', f'"text": str({use})')
+    assert keys(book, text, seeds=1)[1] != keys(book, text)[1]
 
 
 @pytest.mark.parametrize("bad", [object(), {1: 2}, np.zeros(2), {"a": [{2}]}, b"x"])
@@ -687,11 +719,6 @@ def test_concurrent_writers_agree(book: Path) -> None:
     assert len(list((book / "build/toy/cpu/units").iterdir())) == 60, "no temporary folder, nothing put aside"
 
 
-def test_leftovers_that_vanish_do_no_harm(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Path, "glob", lambda self, pattern: [self / ".tmp-renamed-by-another-process"])
-    assert start().unit(work, name="a").done
-
-
 def test_a_killed_run_resumes(book: Path) -> None:
     (book / "p.py").write_text(
         "import time, os, numpy as np, readrun\n"
@@ -719,15 +746,6 @@ def test_a_killed_run_resumes(book: Path) -> None:
     )
     assert subprocess.check_output(call, cwd=book, text=True) == total
     assert len((book / "calls.txt").read_text().split()) == len(done)
-
-
-def test_old_leftovers_are_cleared_young_ones_stay(start: Any, book: Path) -> None:
-    store = book / "build/toy/cpu/units"
-    for name, age in (("old", 2), ("young", 0)):
-        (store / f".tmp-{name}").mkdir(parents=True)
-        os.utime(store / f".tmp-{name}", (time.time() - age * 86400,) * 2)
-    start().unit(work, name="a")
-    assert {p.name for p in store.glob(".tmp-*")} == {".tmp-young"}
 
 
 def test_key_of_a_unit_is_fast(book: Path) -> None:

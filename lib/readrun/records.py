@@ -90,12 +90,7 @@ def save_results(run: Any, metrics: Mapping, arrays: Mapping | None = None) -> R
     values, kept = normalised(metrics, arrays or {})
     verdicts, rules = judge(run.slug, values, kept)
     meta = sorted((u.meta for u in run.units if u.done), key=lambda m: m["recorded"])
-    here: dict[str, Any] = {
-        "device": units.device_name(run.device),
-        "versions": units.versions(),
-        "commit": units.commit(),
-    }
-    last = meta[-1] if meta else here
+    last = meta[-1] if meta else units.provenance(run.device)
     ram, gpu = (max((m[f"peak_{k}_gib"] or 0 for m in meta), default=0) or None for k in ("ram", "gpu"))
     record: Record = {
         "schema": 1, "slug": run.slug, "profile": run.profile,

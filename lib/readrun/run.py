@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import html
 import json
 import operator
 import os
@@ -33,20 +32,10 @@ class Settings(SimpleNamespace):
         self._profile, self._table, self.seeds = profile, table, seeds
 
     def _repr_html_(self) -> str:
-        def row(tag: str, first: str, texts: list[str]) -> str:
-            marked = [
-                f"<strong>{t}</strong>" if p == self._profile else t
-                for p, t in zip(PROFILES, texts, strict=True)
-            ]
-            return (
-                f'<tr><th scope="row">{first}</th>' + "".join(f"<{tag}>{t}</{tag}>" for t in marked) + "</tr>"
-            )
+        from readrun import tables
 
-        names = dict.fromkeys(name for profile in PROFILES for name in self._table[profile])
-        cells = {n: [html.escape(str(self._table[p].get(n, "–"))) for p in PROFILES] for n in names}
-        body = "".join(row("td", html.escape(n), texts) for n, texts in cells.items())
-        head = row("th", "setting", list(PROFILES))
-        return f'<table class="readrun-settings"><thead>{head}</thead><tbody>{body}</tbody></table>'
+        names = list(dict.fromkeys(name for settings in self._table.values() for name in settings))
+        return tables.html("settings", active=self._profile, table=self._table, names=names).data
 
 
 class Run:
@@ -83,9 +72,7 @@ class Run:
     def settings(self, smoke: dict[str, Any], cpu: dict[str, Any], gpu: dict[str, Any]) -> Settings:
         """The active profile's settings as attributes. Raises ValueError where a profile lacks `seeds`."""
         table = {"smoke": smoke, "cpu": cpu, "gpu": gpu}
-        own = {
-            p: _whole(f"settings: seeds of {p}", units.plain(table[p], p).get("seeds"), 1) for p in PROFILES
-        }
+        own = {p: _whole(f"settings: seeds of {p}", units.plain(table[p], p).get("seeds"), 1) for p in table}
         self._seeds = self.parameters["seeds"] or own[self.profile]
         return Settings(self.profile, table, self._seeds)
 
@@ -99,13 +86,13 @@ class Run:
         argument (without one, all arguments but units): the arms of one function share the stream of a seed.
         """
         key = units.unit_key(fn, arguments, self)
-        known = [unit for unit in self.units if unit.key == key]
-        unit = known[0] if known else Unit(fn.__name__, arguments, key, lambda unit: self._compute(unit, fn))
-        self.units += [] if known else [unit]
-        patterns = self.parameters["only"].split() or ["*"]
-        if not unit.done and not self._load(unit):
-            if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns for name in (unit.id, unit.fn)):
-                unit.ensure()
+        unit = next((unit for unit in self.units if unit.key == key), None)
+        if unit is None:
+            unit = Unit(fn.__name__, arguments, key, lambda unit: self._compute(unit, fn))
+            self.units.append(unit)
+        patterns, names = self.parameters["only"].split() or ["*"], [unit.id, unit.fn]
+        if not unit.done and not self._load(unit) and any(fnmatch.filter(names, p) for p in patterns):
+            unit.ensure()
         return unit
 
     def _load(self, unit: Unit) -> bool:
@@ -129,10 +116,8 @@ class Run:
             loaded = "torch" in sys.modules
             self.torch_setup()
             try:
-                with (
-                    units.measured(meta, self.device),
-                    units.seeded([unit.fn, own.get("seed", own)], self.device),
-                ):
+                stream = units.seeded([unit.fn, own.get("seed", own)], self.device)
+                with units.measured(meta, self.device), stream:
                     result = fn(**unit.arguments)
             except Exception as error:
                 error.add_note(f"in unit {unit.id}")
@@ -140,11 +125,9 @@ class Run:
         if not isinstance(result, Mapping) or not all(
             isinstance(k, str) and k.isidentifier() for k in result
         ):
-            raise TypeError(
-                f"unit {unit.id}: {unit.fn} must return a dict whose keys are identifiers, not {result!r:.80}"
-            )
-        meta |= {"device": units.device_name(self.device), "versions": units.versions()}
-        meta |= {"commit": units.commit(), "recorded": units.now()}
+            what = f"{unit.fn} must return a dict whose keys are identifiers, not {result!r:.80}"
+            raise TypeError(f"unit {unit.id}: {what}")
+        meta |= units.provenance(self.device)
 
         def fill(folder: Path) -> None:
             folder.mkdir()
@@ -200,72 +183,56 @@ def start(
     """
     if not re.fullmatch(r"[a-z]\w*", slug):
         raise ValueError(f"slug: {slug!r}; accepted: a name of lower-case letters, digits and underscores")
-    for name, value in {
-        "profile": profile,
-        "device": device,
-        "checkpoint": checkpoint,
-        "only": only,
-        "out": out,
-    }.items():
+    given = dict(profile=profile, device=device, checkpoint=checkpoint, only=only, out=out)
+    for name, value in given.items():
         if not isinstance(value, str):
             raise ValueError(f"{name}: {value!r}; accepted: a string")
     profile = profile or os.environ.get("READRUN_PROFILE") or "cpu"
     if profile not in PROFILES:
         raise ValueError(f"profile: {profile!r}; accepted: {', '.join(PROFILES)}")
-    given: dict[str, Any] = {
-        "profile": profile,
-        "seed": _whole("seed", seed, 0),
-        "seeds": _whole("seeds", seeds, 0),
-    }
-    given |= {"device": device, "checkpoint": _checkpoint(checkpoint), "only": only, "out": out}
+    given |= dict(profile=profile, checkpoint=_checkpoint(checkpoint))
+    numbers = {"seed": _whole("seed", seed, 0), "seeds": _whole("seeds", seeds, 0)}
     for name, value in own.items():
         try:
             units.plain(value, name)
         except TypeError as error:
             raise ValueError(f"{error}; accepted: JSON data") from None
-    run = Run(slug, given | own, _device(device, profile, only))
+    run = Run(slug, {**given, **numbers, **own}, _device(device, profile, only))
     import numpy as np
 
-    number = given["seed"]
-    random.seed(number)
-    np.random.seed(number % 2**32)
+    random.seed(numbers["seed"])
+    np.random.seed(numbers["seed"] % 2**32)
     if "torch" in sys.modules:
-        sys.modules["torch"].manual_seed(number)
+        sys.modules["torch"].manual_seed(numbers["seed"])
     run.torch_setup()
     return run
 
 
 def _whole(name: str, value: Any, least: int) -> int:
-    try:
-        number = least - 1 if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        number = least - 1
-    if number < least:
-        raise ValueError(f"{name}: {value!r}; accepted: a whole number, {least} or more")
-    return number
+    with suppress(TypeError):
+        if not isinstance(value, bool) and operator.index(value) >= least:
+            return operator.index(value)
+    raise ValueError(f"{name}: {value!r}; accepted: a whole number, {least} or more")
 
 
 def _checkpoint(value: str) -> str:
     path = Path(value).expanduser()
     if not value or path.exists():
         return value and str(path.resolve())
-    hub_id = re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", value) and not Path(value.partition("/")[0] + "/").is_dir()
-    if not hub_id:
-        raise ValueError(
-            f"checkpoint: {value!r} does not exist; accepted: a folder, a hub id (org/name), or empty"
-        )
-    return value
+    if re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", value) and not Path(value.partition("/")[0] + "/").is_dir():
+        return value
+    raise ValueError(
+        f"checkpoint: {value!r} does not exist; accepted: a folder, a hub id (org/name), or empty"
+    )
 
 
 def _device(device: str, profile: str, only: str) -> str:
     device = os.environ.get("READRUN_DEVICE") or "auto" if device == "auto" else device
     if device not in ("auto", "cpu", "cuda"):
         raise ValueError(f"device: {device!r}; accepted: auto, cpu, cuda")
-    cuda = False
-    driver = any(Path(path).exists() for path in ("/dev/nvidiactl", "/dev/dxg"))
-    if (
-        device == "cuda" or device == "auto" and ("torch" in sys.modules or driver)
-    ):  # torch needs 2 s to import
+    cuda = False  # torch needs 2 s to import: only where there may be a GPU
+    hint = "torch" in sys.modules or Path("/dev/nvidiactl").exists() or Path("/dev/dxg").exists()
+    if device == "cuda" or device == "auto" and hint:
         with suppress(ImportError):
             import torch
 

@@ -29,8 +29,10 @@ from readrun import content, paths
 if TYPE_CHECKING:
     from readrun.run import Run
 
-# what of its run a unit may read without a trace in the key; names that hide what a function reaches
-RUN_FREE = content.NOT_IN_KEY | {"slug", "folder", "media", "unit", "results", "recorded", "torch_setup"}
+# what of its run a unit may read without all parameters in its key; names that hide what a function reaches
+RUN_FREE = frozenset(
+    "profile settings checkpoint seeds device slug folder media unit results recorded torch_setup".split()
+)
 DOUBTFUL = frozenset({"globals", "eval", "exec", "__import__", "importlib"})
 
 
@@ -42,10 +44,9 @@ class Unit(Mapping[str, Any]):
     """
 
     def __init__(self, fn: str, arguments: dict[str, Any], key: str, compute: Callable[[Unit], None]) -> None:
-        short = [
-            f"{k}={v}" for k, v in arguments.items() if isinstance(v, (str, int, float)) and len(str(v)) < 40
-        ]
-        self.id = re.sub(r"\s", "_", f"{fn}/{','.join(short)}".rstrip("/"))
+        scalars = {k: v for k, v in arguments.items() if isinstance(v, (str, int, float))}
+        short = ",".join(f"{k}={v}" for k, v in scalars.items() if len(str(v)) < 40)
+        self.id = re.sub(r"\s", "_", f"{fn}/{short}".rstrip("/"))
         self.fn, self.arguments, self.key, self.name = fn, arguments, key, f"{fn}-{key[:16]}"
         self.folder: Path | None = None
         self.meta: dict[str, Any] = {}
@@ -130,46 +131,41 @@ def executed(fn: Any, slug: str) -> list[str]:
     if file.resolve() != paths.notebook(slug).resolve():
         return [file.read_text(encoding="utf-8")]
     line, frame = sys.maxsize, inspect.currentframe()
-    while frame is not None:
+    while frame := frame and frame.f_back:
         if frame.f_globals is fn.__globals__ and frame.f_code.co_name == "<module>":
             line = frame.f_lineno
-        frame = frame.f_back
     return [cell.source for cell in script if cell.computes and cell.first_line <= line]
-
-
-def _starts_run(node: ast.stmt) -> bool:
-    value = node.value if isinstance(node, ast.Assign) else None
-    return isinstance(value, ast.Call) and content.call_name(value) == "start"
 
 
 @lru_cache(maxsize=256)
 def follow(
     start: str, sources: tuple[str, ...], leaves: frozenset[str]
-) -> tuple[dict[str, Any], set[str], bool]:
+) -> tuple[dict[str, list[ast.stmt]], set[str], bool]:
     """What `start` reaches: {global name: its statements}, names of the run, whether this is in doubt.
 
     Leaves are parameters: their values count, not their statements.
     """
     code = [statement for source in sources for statement in content.statements(source)]
+    star, declared = (
+        any("*" in s.binds for s in code),
+        {n for s in code for n in s.reads if n[:7] == "global "},
+    )
     found: dict[str, list[ast.stmt]] = {}
-    todo, runs, doubt = {start}, set(), False
+    todo, runs, doubt = {start}, set[str](), False
     while todo := todo - found.keys():
         name = todo.pop()
         last = max((i for i, s in enumerate(code) if name in s.binds), default=-1)
         reached, found[name] = code[last : last + 1] if last >= 0 else [], []
-        if name in leaves or any(_starts_run(s.node) for s in reached):
+        value = reached and getattr(reached[0].node, "value", None)
+        if name in leaves or isinstance(value, ast.Call) and content.call_name(value) == "start":
             runs |= {name} - leaves
             continue
         solid = last >= 0 and isinstance(code[last].node, content.DEFINITIONS)  # calls do not change it
         reached += [s for s in code[last + 1 :] if name in s.changes or (name in s.touches and not solid)]
         found[name] = [content.binding_of(s.node, name) for s in reached]
         todo |= {n for s in reached for n in s.reads}
-        doubt |= (
-            name in DOUBTFUL or name.startswith("global ") or any(f"global {name}" in s.reads for s in code)
-        )
-        doubt |= not reached and (
-            name == start or not hasattr(builtins, name) and any("*" in s.binds for s in code)
-        )
+        doubt |= name in DOUBTFUL or name.startswith("global ") or f"global {name}" in declared
+        doubt |= not reached and (name == start or star and not hasattr(builtins, name))
     return found, runs, doubt
 
 
@@ -179,38 +175,40 @@ def unit_key(fn: Callable[..., Any], arguments: dict[str, Any], run: Run) -> str
     name = getattr(inner, "__name__", "")
     if not inspect.isfunction(inner) or not name.isidentifier():
         raise TypeError(f"unit: {fn!r} is not a function with a name")
+    if inner.__closure__ or inner.__globals__.get(name, fn) is not fn:  # its variables are in no source
+        raise TypeError(f"unit: {name} must be defined at the top level, and be what {name} stands for there")
     call = [content.SCHEME, name, plain(arguments, f"{name}: argument")]
-    module = inner.__module__.removeprefix("readrun.")
-    if module != inner.__module__ and not module.startswith("chapters."):
-        trees = [*ast.parse(f"import readrun.{module}").body, ast.parse(repr(call))]
-        modules = content.modules_reached(trees)
-        return content.digest([call, modules, content.assets_reached(trees, modules, run.slug)])
     values = content.key_parameters(run.slug, run.parameters)
     given = run.parameters | {k: v for k, v in inner.__globals__.items() if k in run.parameters}
     leaves = frozenset(k for k, v in given.items() if not callable(v))
-    sources = tuple(executed(inner, run.slug))
-    found, runs, doubt = follow(name, sources, leaves)
+    module, sources = inner.__module__, tuple[str, ...]()
+    if module.startswith("readrun.") and not module.startswith("readrun.chapters."):
+        found, runs, doubt = {module: ast.parse(f"import {module}").body}, set[str](), False
+    else:
+        sources = tuple(executed(inner, run.slug))
+        found, runs, doubt = follow(name, sources, leaves)
     trees = [tree for nodes in found.values() for tree in nodes]
-    reached = leaves & found.keys() - {"only", "out", "device"}
-    used = {k: values[k] if k in ("profile", "checkpoint") else repr(given[k]) for k in reached}
-    nodes = [node for tree in trees for node in content.nodes(tree)] if runs else []
-    of_run = [n.attr for n in nodes if isinstance(n, ast.Attribute) and getattr(n.value, "id", "") in runs]
-    for attribute in {"profile" if a == "settings" else a for a in of_run} - RUN_FREE:
-        used |= {attribute: values[attribute]} if attribute in ("profile", "checkpoint") else values
-    if sum(isinstance(n, ast.Name) and n.id in runs for n in nodes) > len(of_run):
-        used |= values  # the run itself is handed on
+    nodes = [node for tree in trees for node in content.nodes(tree)]
+    attributes = [n for n in nodes if isinstance(n, ast.Attribute)]
+    of_run = [n.attr for n in attributes if getattr(n.value, "id", "") in runs]
+    used: dict[str, Any] = {k: repr(given[k]) for k in leaves & found.keys() - {"only", "out", "device"}}
+    seen = {"profile" if a == "settings" else a for a in (*used, *of_run)} & {"profile", "checkpoint"}
+    used |= {k: values[k] for k in seen}
+    if {*of_run} - RUN_FREE or sum(isinstance(n, ast.Name) and n.id in runs for n in nodes) > len(of_run):
+        used |= values  # it can see all of them, perhaps because the run itself is handed on
+    if any(n.attr in ("seeds", "parameters") for n in attributes):  # also of settings
+        used |= {"all seeds": [run.parameters["seed"], run.parameters["seeds"]]}
     code = {
-        n: [content.canonical(tree, run.profile) for tree in nodes] for n, nodes in found.items() if nodes
+        n: [content.canonical(t, run.profile) for t in reached] for n, reached in found.items() if reached
     }
     modules = content.modules_reached(trees)
     assets = content.assets_reached([*trees, ast.parse(repr(call))], modules, run.slug)
     whole: list[str] = []
     if doubt:  # then everything counts
-        whole = [content.content_key(run.slug, run.parameters)] if paths.notebook(run.slug).is_file() else []
-        every = [
-            s for source in sources for s in content.statements(source) if not s.binds or s.binds - leaves
-        ]
-        whole += [inspect.getsource(inner), *(content.canonical(s.node, run.profile) for s in every)]
+        whole += [content.content_key(run.slug, run.parameters)] if paths.notebook(run.slug).is_file() else []
+        whole += [inspect.getsource(inner), repr((inner.__defaults__, inner.__kwdefaults__))]
+        every = [s for source in sources for s in content.statements(source)]
+        whole += [content.canonical(s.node, run.profile) for s in every if not s.binds or s.binds - leaves]
     return content.digest([call, code, modules, assets, used, whole])
 
 
@@ -221,14 +219,9 @@ def _kind(value: Any) -> str:
     numpy, torch = sys.modules.get("numpy"), sys.modules.get("torch")
     if numpy and isinstance(value, numpy.ndarray):
         return "array"
-    if (
-        torch
-        and isinstance(value, dict)
-        and value
-        and all(isinstance(v, torch.Tensor) for v in value.values())
-    ):
+    if torch and isinstance(value, dict) and value and all(map(torch.is_tensor, value.values())):
         return "state"
-    return "tensor" if torch and isinstance(value, torch.Tensor) else "json"
+    return "tensor" if torch and torch.is_tensor(value) else "json"
 
 
 def write_values(folder: Path, result: Mapping[str, Any]) -> dict[str, str]:
@@ -302,10 +295,6 @@ def publish(store: Path, name: str, key: str, fill: Callable[[Path], object]) ->
     temporary = store / f".tmp-{uuid.uuid4().hex[:12]}"
     try:
         store.mkdir(parents=True, exist_ok=True)
-        for old in store.glob(".tmp-*"):
-            with contextlib.suppress(OSError):  # another process just renamed it
-                if time.time() - old.stat().st_mtime > 86400:  # of a killed process
-                    shutil.rmtree(old)
         fill(temporary)
         if find([store], name, key) is None:
             try:
@@ -334,9 +323,8 @@ def seeded(value: Any, device: str) -> Iterator[None]:
         stack.callback(random.setstate, python)
         stack.callback(np.random.set_state, legacy)
         if torch:
-            stack.enter_context(
-                torch.random.fork_rng(range(torch.cuda.device_count() if device == "cuda" else 0))
-            )
+            gpus = range(torch.cuda.device_count() if device == "cuda" else 0)
+            stack.enter_context(torch.random.fork_rng(gpus))
             torch.manual_seed(number)
         random.seed(number)
         np.random.seed(number)
@@ -372,20 +360,17 @@ def peak_ram() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def device_name(device: str) -> str:
-    """The name of the GPU or of the processor."""
-    if device == "cuda":
-        return sys.modules["torch"].cuda.get_device_name()
-    with contextlib.suppress(OSError, IndexError):
-        return Path("/proc/cpuinfo").read_text().split("model name")[1].split("\n")[0].strip("\t :")
-    return platform.processor() or platform.machine()
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the loaded libraries that compute."""
+def provenance(device: str) -> dict[str, Any]:
+    """Where, when and with what something is computed: {device, versions, commit, recorded}."""
     names = "numpy scipy sklearn torch torchvision transformers diffusers accelerate peft timm triton".split()
     loaded = {name: str(getattr(sys.modules.get(name), "__version__", "")) for name in names}
-    return {"python": platform.python_version()} | {name: text for name, text in loaded.items() if text}
+    versions = {"python": platform.python_version()} | {name: text for name, text in loaded.items() if text}
+    where = platform.processor() or platform.machine()
+    if device == "cuda":
+        where = sys.modules["torch"].cuda.get_device_name()
+    elif (cpus := Path("/proc/cpuinfo")).exists() and "model name" in (text := cpus.read_text()):
+        where = text.split("model name")[1].split("\n")[0].strip("\t :")
+    return {"device": where, "versions": versions, "commit": commit(), "recorded": now()}
 
 
 @lru_cache(maxsize=1)
