@@ -12,16 +12,27 @@ tests/test_sandbox.py tries; it is no defence against exploits of the kernel.
 
 from __future__ import annotations
 
+import atexit
+import json
+import math
+import os
+import platform
+import signal
+import sys
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+from readrun.sandbox_files import clear, copy_files, printable
+
+if TYPE_CHECKING:
+    from readrun.sandbox_box import Box, Seen
+
+__all__ = "Limits Policy Result SandboxUnavailable Status close copy_files printable report run".split()
 
 Status = Literal["ok", "error", "timeout", "memory", "output", "processes", "disk", "killed", "refused"]
-
-
-class SandboxUnavailable(RuntimeError):
-    """This machine cannot isolate file system and network; the message says which layer is missing."""
 
 
 @dataclass(frozen=True)
@@ -106,34 +117,227 @@ class Result:
     skipped: Mapping[str, str] = field(default_factory=dict)
 
 
+class SandboxUnavailable(RuntimeError):
+    """This machine cannot isolate file system and network; the message says which layer is missing."""
+
+
+BACKENDS = ("bwrap", "namespaces")  # tried in this order
+MIB = 2**20
+LAYERS = ("file system", "network", "pid", "ipc", "user", "seccomp", "landlock", "rlimits")
+
+
 def run(job: str | Sequence[str], policy: Policy | None = None, limits: Limits | None = None) -> Result:
     """Run one job and wait for it. Safe to call from several threads; each takes a sandbox of its own.
 
     Raises SandboxUnavailable where file system or network cannot be isolated, ValueError for a bad argument.
     Whatever the job does is in the Result, never an exception.
     """
-    raise SandboxUnavailable("the sandbox is being built")
+    policy, limits = policy or Policy(), limits or Limits()
+    _check(job, policy, limits)
+    before: dict[str, str] = {}
+    files: dict[str, str] = {}
+    skipped: dict[str, str] = {}
+    box = _take(policy, limits)
+    try:
+        if policy.files is not None:
+            before, skipped = _copy(policy.files, box.work, limits)
+        if isinstance(job, str):
+            seen = box.run({"code": job, "answer": policy.answer}, limits, policy.merge)
+            if before:
+                clear(box.work)
+        else:
+            seen = box.run({"argv": list(job), "env": dict(policy.env)}, limits, policy.merge)
+            box.end()  # from here on no process is left
+            if policy.collect is not None:
+                policy.collect.mkdir(parents=True, exist_ok=True)
+                files, left_out = _copy(box.work, policy.collect, limits, own=True)
+                skipped |= left_out
+    except BaseException:
+        box.end(kill=True)
+        raise
+    finally:
+        _give_back(box)
+    status, error, value, kind = _judge(seen, policy, limits)
+    return Result(
+        status,
+        printable(seen.texts["stdout"]),
+        printable(seen.texts.get("stderr", b"")),
+        seen.seconds,
+        box.backend,
+        None if seen.broken else seen.code,
+        value,
+        kind,
+        error,
+        before,
+        files,
+        skipped,
+    )
 
 
 def report() -> dict[str, Any]:
     """Which layers this machine establishes, found by trying: {"isolation": "bwrap" | "namespaces" | "none",
     "reason": str, and a bool each for "file system", "network", "pid", "ipc", "user", "seccomp", "landlock",
     "rlimits"}. Never raises."""
-    return {"isolation": "none", "reason": "the sandbox is being built"}
-
-
-def copy_files(
-    source: Path | int, target: Path | int | None, *, max_bytes: int, max_files: int
-) -> tuple[dict[str, str], dict[str, str]]:
-    """Copy the regular files below a folder that may be hostile; nothing is followed and nothing blocks.
-
-    `source`, `target`: folders, or open descriptors of folders; `target=None` only reads. Left out, with the
-    reason: links of both kinds, devices, FIFOs, sockets, names that are not UTF-8, hold control characters or
-    differ from another only by case, and whatever would pass the limits (a sparse file counts with its full
-    size). Returns ({relative path: sha256}, {relative path, escaped: reason}).
-    """
-    raise SandboxUnavailable("the sandbox is being built")
+    found: dict[str, Any] = {"isolation": "none", "reason": ""} | dict.fromkeys(LAYERS, False)
+    code = "import ctypes, resource as r; ans = [ctypes.CDLL(None).prctl(21), r.getrlimit(r.RLIMIT_FSIZE)[1]]"
+    policy, limits = Policy(answer="ans"), Limits(time=10)
+    try:
+        box = _take(policy, limits)
+        try:
+            seen = box.run({"code": code, "answer": "ans"}, limits)
+        finally:
+            _give_back(box)
+    except SandboxUnavailable as error:
+        return found | {"reason": str(error)}
+    seccomp, largest = _judge(seen, policy, limits)[2] or (0, -1)
+    return found | box.layers | {"isolation": box.backend, "seccomp": seccomp == 2, "rlimits": largest == 0}
 
 
 def close() -> None:
     """End the warm interpreters of this process. Also done when it exits; the next job starts a new one."""
+    with _lock:
+        boxes = [box for idle in _idle.values() for box in idle]
+        _idle.clear()
+    for box in boxes:
+        box.end()
+        box.forget()
+
+
+def _copy(
+    source: Path | int, target: Path | int, limits: Limits, own: bool = False
+) -> tuple[dict[str, str], dict[str, str]]:
+    return copy_files(source, target, max_bytes=limits.disk * MIB, max_files=limits.files, own=own)
+
+
+# ---- arguments and results
+
+
+def _check(job: str | Sequence[str], policy: Policy, limits: Limits) -> None:
+    if policy.kind not in ("compute", "script"):
+        raise ValueError(f"kind: 'compute' or 'script', not {policy.kind!r}")
+    if isinstance(job, str) != (policy.kind == "compute"):
+        raise ValueError(f"job: {'Python source' if policy.kind == 'compute' else 'a list of arguments'}")
+    words = [] if isinstance(job, str) else [*job, *policy.env, *policy.env.values()]
+    if not job or any("\0" in word for word in words):
+        raise ValueError("job: empty, or a NUL character in an argument")
+    for name in ("collect", "env") if policy.kind == "compute" else ("preload", "answer"):
+        if getattr(policy, name):
+            raise ValueError(f"{name}: not for {policy.kind}")
+    for name, value in vars(limits).items():
+        if isinstance(value, bool) or not (isinstance(value, int | float) and 0 < value < math.inf):
+            raise ValueError(f"{name}: a positive number, not {value!r}")
+        if name != "time" and not isinstance(value, int):
+            raise ValueError(f"{name}: a whole number, not {value!r}")
+    if policy.files is not None and not Path(policy.files).is_dir():
+        raise ValueError(f"files: {policy.files} is no folder")
+    if policy.collect is not None and policy.collect.exists() and any(policy.collect.iterdir()):
+        raise ValueError(f"collect: {policy.collect} is not empty")
+
+
+def _judge(seen: Seen, policy: Policy, limits: Limits) -> tuple[Status, str, Any, str]:
+    """What the host saw, as (status, error, value, its kind)."""
+    disk = f"more than {limits.disk} MiB or {limits.files} files"
+    if seen.broken == "time":
+        return "timeout", f"longer than {limits.time} s", None, ""
+    if seen.broken == "memory":
+        return "memory", f"more than {limits.memory} MiB", None, ""
+    if seen.broken == "processes":
+        return "processes", f"more than {limits.processes} processes and threads", None, ""
+    if seen.broken == "output":
+        return "output", f"more than {limits.output} bytes", None, ""
+    if seen.broken == "disk":
+        return "disk", disk, None, ""
+    if seen.code is None:
+        return "killed", "the sandbox ended", None, ""
+    if policy.kind == "script" and (seen.code in (-signal.SIGXFSZ, 128 + signal.SIGXFSZ)):
+        return "disk", disk, None, ""
+    if policy.kind == "script" and seen.code and seen.full:
+        return "disk", disk, None, ""
+    if seen.code < 0:
+        return "killed", signal.Signals(-seen.code).name, None, ""
+    if policy.kind == "script":
+        return ("error", f"exit code {seen.code}", None, "") if seen.code else ("ok", "", None, "")
+    return _read_answer(seen.texts["answer"][1:], seen.code)
+
+
+def _read_answer(data: bytes, code: int) -> tuple[Status, str, Any, str]:
+    """The job's own report, which may be anything."""
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is no JSON")
+
+    try:
+        reply = json.loads(data, parse_constant=refuse)
+        if "error" in reply:
+            error = printable(str(reply["error"]).encode(errors="replace"))
+            return "memory" if reply.get("memory") is True else "error", error, None, ""
+        kind = printable(str(reply.get("kind", "")).encode(errors="replace"))
+        value = _clean(reply.get("value"))
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        return "error", "the job ended without a report that can be read", None, ""
+    return ("error", f"exit code {code}", None, "") if code else ("ok", "", value, kind)
+
+
+def _clean(value: Any) -> Any:
+    """JSON data without infinities (1e999) and without half characters."""
+    if isinstance(value, str):
+        return value.encode(errors="replace").decode()
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    if isinstance(value, list):
+        return [_clean(item) for item in value]
+    return {_clean(k): _clean(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+
+# ---- warm sandboxes
+
+_lock = threading.Lock()
+_idle: dict[tuple[Any, ...], list[Box]] = {}
+atexit.register(close)
+
+
+def _forked() -> None:
+    """A forked child must not talk to its parent's sandboxes, nor hold them open."""
+    global _lock
+    _lock = threading.Lock()
+    for box in [box for idle in _idle.values() for box in idle]:
+        box.abandon()
+    _idle.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)
+
+
+def _take(policy: Policy, limits: Limits) -> Box:
+    """An idle sandbox that fits, else a new one from the first backend that isolates."""
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        raise SandboxUnavailable(
+            f"foreign code runs only on Linux on x86-64, not on {sys.platform} on {platform.machine()}: "
+            "nothing else here could isolate file system and network"
+        )
+    from readrun.sandbox_box import Box
+
+    key = (policy.kind, policy.preload, limits.disk * MIB, limits.files)
+    with _lock:
+        for backend in BACKENDS:
+            if _idle.get((backend, *key)):
+                return _idle[backend, *key].pop()
+    reasons = []
+    for backend in BACKENDS:
+        try:
+            return Box(backend, *key)
+        except SandboxUnavailable as error:
+            reasons.append(str(error))
+    raise SandboxUnavailable(
+        f"neither file system nor network can be isolated here, so nothing was run ({'; '.join(reasons)})"
+    )
+
+
+def _give_back(box: Box) -> None:
+    """Keep a sandbox that still serves; forget one that has ended."""
+    if box.ended:
+        box.forget()
+        return
+    with _lock:
+        _idle.setdefault((box.backend, *box.key), []).append(box)
