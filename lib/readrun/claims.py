@@ -152,14 +152,44 @@ class Claim(Strict):
         return self.badge if self.badge is not None else "one training" if one else ""
 
 
+class Check(Strict):
+    """A condition on a machine-made file: the committed `record`, or the last `smoke` or `cpu` execution.
+
+    pointer: JSON pointer into it. `len>=` counts a list's entries; `exists` takes no value.
+    """
+
+    file: Literal["record", "smoke", "cpu"]
+    pointer: str = Field(pattern=r"^(/[^/]+)+$")
+    op: Literal["<=", "<", ">=", ">", "==", "len>=", "exists"]
+    value: bool | float | str | None = None
+
+    @model_validator(mode="after")
+    def _value(self) -> Check:
+        wants, text = self.op != "exists", isinstance(self.value, str)
+        _refuse(
+            {
+                f"op {self.op} {'needs a value' if wants else 'takes no value'}": wants
+                == (self.value is None),
+                f"op {self.op} compares numbers": text and self.op not in ("==", "exists"),
+            }
+        )
+        return self
+
+
 class Task(Strict):
-    """A node of the rubric (weights relative to its siblings, as in PaperBench) or, with `kind`, a leaf."""
+    """A node of the rubric (weights relative to its siblings, as in PaperBench) or, with `kind`, a leaf.
+
+    A code leaf is earned by named tests, an execution leaf by checks of records (or tests that execute), a
+    result leaf by verdicts: all of them must hold. `readrun.rubric` grades; a leaf that names nothing earns 0.
+    """
 
     requirements: str
     weight: int = Field(1, gt=0)
     sub_tasks: list[Task] = []
     kind: Literal["code", "execution", "result"] | None = None
     claims: list[str] = []  # whose verdicts alone earn a result leaf
+    tests: list[Annotated[str, Field(pattern=r"^tests/test_\w+\.py::test_\w+$")]] = []
+    checks: list[Check] = []
     id: str | None = None
 
     @model_validator(mode="after")
@@ -168,6 +198,9 @@ class Task(Strict):
         _refuse(
             {
                 "a task has either sub_tasks or, as a leaf, a kind (code, execution, result)": both,
+                "tests earn code and execution leaves": bool(self.tests)
+                and self.kind not in ("code", "execution"),
+                "checks earn execution leaves": bool(self.checks) and self.kind != "execution",
                 "a result leaf, and nothing else, names its claims": bool(self.claims)
                 != (self.kind == "result"),
             }
