@@ -277,6 +277,24 @@ def check(args: Args) -> int:
     return int(bool(problems))
 
 
+def grade(args: Args) -> int:
+    """Grade every chapter by its rubric. --collect first runs the tests that the rubrics name."""
+    from readrun import grading
+
+    slugs = chosen(args)
+    for slug in slugs if args.collect else []:
+        found = grading.collect(slug)
+        bad = [f"{test} ({word})" for test, word in found["tests"].items() if word != "passed"]
+        print(f"{slug}: {len(found['tests']) - len(bad)} named tests passed", *bad, sep="\n    ")
+    for row in grading.grade_book(slugs):
+        share = (
+            f"{c} {'–' if row[c] is None else format(100 * row[c], '.0f')} %" for c in grading.CATEGORIES
+        )
+        notes = f" ({row['error']})" if row["error"] else " (evidence is stale)" if row["stale"] else ""
+        print(f"{row['slug']:18} {100 * row['score']:5.1f} %  {', '.join(share)}{notes}")
+    return 0
+
+
 def new(args: Args) -> int:
     """Make a chapter from the template: notebook script, paper file, tests."""
     from readrun import new
@@ -310,6 +328,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--expect": {"default": "", "help": "name of the run folder that today's sources must give"},
         "--parameter": {"action": "append", "default": [], "metavar": "NAME=VALUE"},
         "--tar": {"action": "store_true", "help": f"pack --out into at most {PARTS} files of 16 MiB"},
+        "--collect": {"action": "store_true", "help": "run the named tests and keep their outcomes"},
         "--check": {"action": "store_true", "help": "change nothing"},
         "slug": {},
         "sources": {"nargs": "*", "type": Path, "help": "folders or tar files with units"},
@@ -322,6 +341,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         merge: "slug sources --seed --seeds",
         compare: "slug --folder",
         check: "--chapters",
+        grade: "--chapters --collect",
         pair: "--check",
         nbval: "--chapters",
         new: "slug",

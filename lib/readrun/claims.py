@@ -180,7 +180,7 @@ class Task(Strict):
     """A node of the rubric (weights relative to its siblings, as in PaperBench) or, with `kind`, a leaf.
 
     A code leaf is earned by named tests, an execution leaf by checks of records (or tests that execute), a
-    result leaf by verdicts: all of them must hold. `readrun.rubric` grades; a leaf that names nothing earns 0.
+    result leaf by verdicts: all of them must hold. `readrun.grading` grades; one that names nothing earns 0.
     """
 
     requirements: str

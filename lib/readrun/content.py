@@ -23,7 +23,7 @@ from readrun import paths
 SCHEME = 2  # raise it when a change in a CORE module alters what a unit computes: no key has their source
 CORE = frozenset("__init__ paths run units content chapter".split())
 DRAWING = frozenset(
-    "plots picker media tables records claims stats".split()
+    "plots picker media tables records grading claims stats".split()
 )  # what a page shows, not what is computed
 PRESENTATION = DRAWING | {"publish", "execute", "__main__", "kernel", "new"}
 PROFILES = ("smoke", "cpu", "gpu")

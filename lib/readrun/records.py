@@ -28,7 +28,6 @@ from typing_extensions import TypedDict  # typing's has what pydantic needs from
 from readrun import claims, content, paths, stats, units
 
 NPZ_BYTES = 500_000
-RUBRIC = "The rubric score joins with the chapter `paperbench`, whose own code grades this book."
 Claims = dict[str, dict[str, Any]]
 
 
@@ -329,5 +328,4 @@ def scoreboard_summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "by_chance": chance,
         "survive": kept,
         "text": text,
-        "rubric": RUBRIC,
     }

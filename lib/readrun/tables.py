@@ -111,22 +111,45 @@ def chapters(rows: Sequence[Row]) -> Any:
     return html("chapters", parts=parts, there=len(there))
 
 
+def rubric(graded: Any, caption: str = "") -> Any:
+    """A graded rubric as a tree that opens and closes, each node with its weight and score."""
+    return html("rubric", root=graded, caption=caption)
+
+
+def scores(graded: Sequence[Row]) -> Any:
+    """One row per chapter: its rubric score and what its leaves of each category earned, in percent."""
+    from readrun.rubric import CATEGORIES
+
+    def percent(value: float | None) -> str:
+        return "–" if value is None else f"{100 * value:.0f} %"
+
+    return grid([{"chapter": row["slug"], "rubric score": percent(row["score"]),
+                  **{c: percent(row[c]) for c in CATEGORIES}, "Code-Dev": percent(row["code_dev"]),
+                  "claims failed": row["failed"] if row["recorded"] else "not run",
+                  "invalid leaves": row["invalid"],
+                  "note": row["error"] or ("evidence is stale" if row["stale"] else "")}
+                 for row in graded])  # fmt: skip
+
+
 def scoreboard(rows: Sequence[Row]) -> Any:
-    """Every claim of the book by chapter, from `records.scoreboard_rows`."""
-    from readrun import records
+    """Every claim of the book by chapter, from `records.scoreboard_rows`, and every rubric, graded."""
+    from readrun import grading, records
 
     pages, overview = [], []
+    book = {row["slug"]: row for row in grading.grade_book(list(dict.fromkeys(r["slug"] for r in rows)))}
     for slug, group in groupby(rows, key=lambda row: row["slug"]):
         own = list(group)
         minutes = number(round((own[0].get("seconds") or 0) / 60, 1))
         kept = [row for row in own if "id" in row]
         count = Counter(row["verdict"].replace("_", " ") for row in own)
         overview.append({"chapter": slug, **{w: count[w] for w in OVERVIEW}, "minutes": minutes})
-        pages.append({**own[0], "slug": slug, "minutes": minutes, "table": _claims(kept)})
+        tree = rubric(book[slug]["graded"]).data if book[slug]["graded"] else ""
+        pages.append({**own[0], "slug": slug, "minutes": minutes, "table": _claims(kept), "rubric": tree})
     return html(
         "scoreboard",
         chapters=pages,
         overview=grid(overview),
+        scores=scores(list(book.values())),
         summary=records.scoreboard_summary([dict(r) for r in rows]),
     )
 
