@@ -27,7 +27,7 @@ PYTHON  ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 export PYTHONPATH := $(HERE)/lib$(if $(PYTHONPATH),:$(PYTHONPATH))
 unexport PROFILE SEED SEEDS CHAPTERS
 
-.PHONY: help book test lab record merge sweep compare new pair mutants lint clean setup
+.PHONY: help book test lab record merge sweep compare grade new pair mutants lint clean setup
 .DEFAULT_GOAL := help
 
 help:
@@ -37,6 +37,7 @@ help:
 	@echo "make record    run chapters in the gpu profile, write their records      (needs a CUDA GPU)"
 	@echo "make sweep     SEEDS=5 PROFILE=cpu: seeds x chapters x profiles           (WORKFLOW=slurm: on a cluster)"
 	@echo "make compare   CHAPTER=x: this machine's run beside the record"
+	@echo "make grade     every chapter by its rubric, after running the tests that the rubrics name"
 	@echo "make new       CHAPTER=x: a chapter from the template"
 	@echo "make mutants   planted faults, and the tests that find them"
 	@echo "make lint      ruff, mypy, notebook pairs;  make clean: remove what can be made again"
@@ -84,6 +85,9 @@ sweep: $(STAMP)
 
 compare: $(STAMP)
 	@$(RUN) compare $(CHAPTER)
+
+grade: $(STAMP)
+	@$(RUN) grade $(WHICH) --collect
 
 new: $(STAMP)
 	@$(RUN) new $(CHAPTER)

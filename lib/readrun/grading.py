@@ -1,8 +1,8 @@
 """How this book's chapters are graded: by `readrun.rubric`, on evidence that no chapter writes itself.
 
 Grading reads committed files only: `data/papers/<slug>.yml` (what is asked), `data/results/<slug>.gpu.json`
-(the verdicts), `data/results/<slug>.evidence.json` (what the named tests and the last smoke and cpu executions
-gave, written by `python -m readrun grade --collect`). The same files give the same grades on any machine.
+(the verdicts) and `<slug>.evidence.json` (outcomes of the named tests and of the last smoke and cpu runs,
+written by `python -m readrun grade --collect`). The same files give the same grades on any machine.
 """
 
 from __future__ import annotations
@@ -186,11 +186,12 @@ def evidence_is_stale(slug: str) -> bool:
 
 
 def run_tests(tests: Sequence[str]) -> dict[str, str]:
-    """{test: passed | failed | skipped | missing} of one pytest run; of a parametrised test, the worst.
+    """{test: passed | failed | skipped | missing} of one pytest run.
 
+    A parametrised test failed if any of its cases did, and passed if some did and the rest were skipped.
     The report goes to a new folder outside the checkout, named only to pytest: an old one cannot count.
     """
-    order, outcomes = ("passed", "skipped", "failed"), dict.fromkeys(tests, "missing")
+    order, outcomes = ("skipped", "passed", "failed"), dict.fromkeys(tests, "missing")
     there = [t for t in tests if _defines(t)]
     if not there:
         return outcomes
