@@ -1,17 +1,16 @@
-"""The commands beside `book`: record in parts, merge, tar, pair, nbval, check, compare."""
+"""The commands beside `book`: record in parts, merge, pair, nbval, check, compare."""
 
 from __future__ import annotations
 
 import json
 import os
 import subprocess
-import tarfile
 import time
 from pathlib import Path
 
 import pytest
 from conftest import CHECKOUT, FixtureBook
-from readrun import __main__ as commands
+from readrun import units
 
 
 def record(book: FixtureBook) -> dict:
@@ -23,24 +22,21 @@ def test_a_record_in_parts_survives_a_crash_and_is_completed(fixture_book: Fixtu
     # two calls at once, each with a part of the units; the second is killed after the first of its two
     first, second = (
         subprocess.Popen(
-            fixture_book.command("record", "alpha", "--out", str(folder), "--only", only, *tar),
+            fixture_book.command("record", "alpha", "--out", str(folder), "--only", only),
             env=fixture_book.environment | {"FIXTURE_SLEEP": "0.3"},
             stdout=subprocess.DEVNULL,
         )  # fmt: skip
-        for folder, only, tar in ((out[0], "measure/arm=ours*", ["--tar"]), (out[1], "*arm=base*", []))
+        for folder, only in ((out[0], "measure/arm=ours*"), (out[1], "*arm=base*"))
     )
     deadline = time.monotonic() + 100
     while not list(out[1].glob("units/*/meta.json")) and time.monotonic() < deadline:
         time.sleep(0.02)
     second.kill()
     assert first.wait() == 0 and second.wait() == -9
-    parts = sorted(out[0].glob("*.tar"))
-    assert parts and not [f for f in out[0].rglob("*") if f.is_file() and f.suffix != ".tar"]
-    assert any("status.json" in name for part in parts for name in tarfile.open(part).getnames())
     # elsewhere: another checkout of the book, without a GPU and without the build folder
     home = FixtureBook(fixture_book.root / "elsewhere")
     del home.environment["READRUN_DEVICE"]
-    merged = home.run("merge", "alpha", *map(str, parts), str(out[1]))
+    merged = home.run("merge", "alpha", *map(str, out))
     assert merged.returncode == 0, merged.stdout
     assert [len(record(home)["metrics"]["score"][arm]) for arm in ("ours", "base")] == [2, 1]
     notebook = (home.root / "notebooks" / "alpha.ipynb").read_text()
@@ -76,31 +72,24 @@ def test_a_record_in_parts_survives_a_crash_and_is_completed(fixture_book: Fixtu
     assert "stale" in home.page("alpha") and "1 code cells have changed" in home.page("alpha")
 
 
-def test_damaged_and_foreign_units_are_not_brought_in(tmp_path: Path) -> None:
-    source, store = tmp_path / "source" / "units" / "f-0123456789abcdef", tmp_path / "store"
-    source.mkdir(parents=True)
-    (source / "meta.json").write_text("{}")
-    (store / source.name).mkdir(parents=True)
-    (store / source.name / "meta.json").write_text('{"mine": 1}')
-    commands.bring(tmp_path / "source", store)
-    assert (store / source.name / "meta.json").read_text() == '{"mine": 1}'
-    assert not list(store.glob(".bring-*"))
-
-
-def test_pack_keeps_every_file_in_few_small_parts(tmp_path: Path) -> None:
-    sizes = {"a/x.bin": 9 << 20, "a/y.bin": 8 << 20, "b/z.bin": 5 << 20, "b/small.json": 10}
-    for name, size in sizes.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_bytes(os.urandom(size))
-    commands.pack(tmp_path)
-    parts = sorted(tmp_path.glob("*.tar"))
-    assert len(parts) == 2 and all(part.stat().st_size <= 16 << 20 for part in parts)
-    found = {member.name: member.size for part in parts for member in tarfile.open(part).getmembers()}
-    assert found == sizes
-    (tmp_path / "huge.bin").write_bytes(bytes(17 << 20))
-    with pytest.raises(ValueError, match="does not fit"):
-        commands.pack(tmp_path)
-    assert (tmp_path / "huge.bin").exists()
+def test_damaged_and_half_written_units_are_not_brought_in(tmp_path: Path) -> None:
+    sound, store = tmp_path / "source" / "units" / "f-0123456789abcdef", tmp_path / "store"
+    damaged, hidden = (sound.with_name(name) for name in ("g-0123456789abcdef", ".tmp-012345"))
+    for folder in (sound, damaged, hidden):
+        folder.mkdir(parents=True)
+        (folder / "meta.json").write_text(json.dumps({"key": "k", "files": {}}))
+    (damaged / "meta.json").write_text("{}")
+    (store / sound.name).mkdir(parents=True)
+    (store / sound.name / "meta.json").write_text("{}")  # the one that is there is damaged
+    with pytest.warns(RuntimeWarning) as told:
+        units.bring(tmp_path / "source", store)
+    assert ["not brought in" in str(w.message) for w in told] == [False, True]
+    assert json.loads((store / sound.name / "meta.json").read_text())["key"] == "k"
+    assert {p.name[:9] for p in store.iterdir()} == {sound.name[:9], ".damaged-"}
+    (damaged / "meta.json").unlink()
+    (store / sound.name / "note").write_text("mine")
+    units.bring(tmp_path / "source", store)
+    assert (store / sound.name / "note").exists(), "a sound unit that is there stays"
 
 
 def test_pair_follows_the_newer_file_and_check_changes_nothing(fixture_book: FixtureBook) -> None:
@@ -153,6 +142,7 @@ def test_wrong_arguments_are_one_line(fixture_book: FixtureBook) -> None:
         ("sweep", "--chapters", "alpha"),
         ("book", "--chapters", "none"),
         ("book", "--profile", "huge"),
+        ("merge", "alpha", "no/such/folder"),
     ):
         done = fixture_book.run(*arguments)
         assert done.returncode == 2, done.stdout

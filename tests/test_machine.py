@@ -39,10 +39,8 @@ def test_media_of_a_run_are_reached_from_the_page(built_book: FixtureBook) -> No
 def test_table_of_contents_lists_the_chapters_that_exist(built_book: FixtureBook) -> None:
     toc = (built_book.build / "book" / "_toc.yml").read_text()
     assert "not_written" not in toc and "Empty so far" not in toc
-    assert (
-        toc.index("Reasoning") < toc.index("chapters/beta") < toc.index("chapters/alpha") < toc.index("More")
-    )
-    assert toc.index("More") < toc.index("chapters/gamma")  # its part is in no entry
+    order = ["Reasoning", "chapters/beta", "More", "chapters/alpha", "chapters/gamma"]
+    assert [toc.index(word) for word in order] == sorted(toc.index(word) for word in order)
 
 
 def test_nothing_changed_executes_and_builds_nothing(built_book: FixtureBook) -> None:

@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import shlex
 import shutil
 import subprocess
 import sys
-import tarfile
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from readrun import kernel, paths
 
-PART_BYTES, PARTS = 15 << 20, 8  # what `record --tar` may make: a GPU host may return only few, small files
 Args = argparse.Namespace
 
 
@@ -58,8 +54,7 @@ def run_all(folders: Sequence[Path], args: Args) -> list[dict[str, Any]]:
     """
     from readrun.execute import read_status
 
-    wanted = [folder / "status.json" for folder in folders]
-    todo = [file for file in wanted if (read_status(file.parent) or {}).get("state") != "ok"]
+    todo = [f / "status.json" for f in folders if (read_status(f) or {}).get("state") != "ok"]
     for file in todo:
         file.unlink(missing_ok=True)
     top = paths.library().parents[1]
@@ -71,12 +66,8 @@ def run_all(folders: Sequence[Path], args: Args) -> list[dict[str, Any]]:
     command += ["--config", f"build={paths.build()}", "--", *map(str, todo)]
     if todo:
         subprocess.run(command, preexec_fn=kernel.die_with_parent)
-    lost = {
-        "state": "lost",
-        "error": "the execution ended without a status (disk full, or killed from outside)",
-    }
-    found = [read_status(folder) or lost | {"slug": folder.parts[-3]} for folder in folders]
-    return [status | {"folder": str(folder)} for status, folder in zip(found, folders, strict=True)]
+    lost = {"state": "lost", "error": "it ended without a status (disk full, or killed from outside)"}
+    return [{"slug": f.parts[-3], **(read_status(f) or lost), "folder": str(f)} for f in folders]
 
 
 def summary(statuses: Sequence[dict[str, Any]]) -> int:
@@ -96,20 +87,16 @@ def book(args: Args) -> int:
     slugs, recorded = chosen(args), args.edition == "recorded"
     with locked():
         folders = {s: execute.run_folder(s, args.profile, args.seed, args.seeds) for s in paths.chapters()}
-        statuses = {
-            s["slug"]: s for s in run_all([] if recorded else [folders[slug] for slug in slugs], args)
-        }
+        found = run_all([] if recorded else [folders[slug] for slug in slugs], args)
+        statuses = {status["slug"]: status for status in found}
         for slug in folders:
             problem = publish.record_problem(slug)
             if problem and statuses.get(slug, {}).get("state", "ok") == "ok":
                 statuses[slug] = {"slug": slug, "state": "bad_record", "error": problem}
-        staged = publish.stage_book(statuses, folders, recorded)
-        code = publish.build_html(staged)
+        code = publish.build_html(publish.stage_book(statuses, folders, recorded))
         failed = summary(list(statuses.values()))
-    index = (paths.root() or staged) / "book" / "_build" / "html" / "index.html"
-    print(
-        f"{index}: {failed} chapter(s) failed" + (", and the pages have warnings: see above" if code else "")
-    )
+    index = paths.root() / "book" / "_build" / "html" / "index.html"
+    print(f"{index}: {failed} chapter(s) failed" + ", and the pages have warnings: see above" * bool(code))
     return int(bool(failed or code))
 
 
@@ -132,16 +119,10 @@ def execute(args: Args) -> int:
     from readrun import execute
 
     folder = args.folder or execute.run_folder(args.slug, args.profile, args.seed, args.seeds)
-    given = {}
-    for name, _, value in (item.partition("=") for item in args.parameter):
-        try:
-            given[name] = json.loads(value)
-        except ValueError:
-            given[name] = value  # text needs no quotes
     print(f"{args.slug}: started, log in {folder}/log.txt", flush=True)
     status = execute.execute(
         args.slug, profile=args.profile, folder=folder.resolve(), seed=args.seed, seeds=args.seeds,
-        only=args.only, limit=args.limit, parameters=given, expect=args.expect,
+        only=args.only, limit=args.limit, expect=args.expect,
     )  # fmt: skip
     print(f"{args.slug}: {status['state']} after {status['seconds']:.0f} s {status['error']}")
     return 0
@@ -156,48 +137,22 @@ def record(args: Args) -> int:
         args.slug, profile="gpu", folder=out / f"run-{os.getpid()}", seed=args.seed, seeds=args.seeds,
         only=args.only, limit=args.limit, parameters={"out": str(out)},
     )  # fmt: skip
-    if args.tar:
-        pack(out)
     return int(bool(summary([status])))
-
-
-def pack(folder: Path) -> None:
-    """Pack all files below `folder` into `part<i>.tar` of at most 16 MiB each, and remove them."""
-    size = {f: f.stat().st_size + 1024 for f in folder.rglob("*") if f.is_file() and f.suffix != ".tar"}
-    parts: list[list[Path]] = []
-    for file in sorted(size, key=lambda file: -size[file]):  # first fit, the largest first
-        part = next((p for p in parts if sum(size[f] for f in p) + size[file] <= PART_BYTES), None)
-        if part is None:
-            parts.append(part := [])
-        part.append(file)
-    if len(parts) > PARTS or max(size.values(), default=0) > PART_BYTES:
-        raise ValueError(f"{folder}: does not fit into {PARTS} parts of 16 MiB; it is left as it is")
-    for number, part in enumerate(parts):
-        with tarfile.open(folder / f"part{number}.tar", "w") as tar:
-            for file in part:
-                tar.add(file, file.relative_to(folder))
-    for file in size:
-        file.unlink()
 
 
 def merge(args: Args) -> int:
     """Bring units in, render the chapter from them, write its record, its paired notebook and its media."""
-    from readrun import publish, records
+    from readrun import publish, records, units
     from readrun.execute import execute
 
     own = paths.build() / args.slug / "gpu"
+    if lost := [str(source) for source in args.sources if not source.is_dir()]:
+        raise ValueError(f"sources: {', '.join(lost)}; accepted: folders that `record` wrote")
     with locked():
         for source in args.sources:
-            with tempfile.TemporaryDirectory() as scratch:
-                if source.is_file():
-                    with tarfile.open(source) as tar:
-                        tar.extractall(scratch, filter="data")
-                bring(Path(scratch) if source.is_file() else source, own / "units")
-        folder = own / "merge"
-        status = execute(
-            args.slug, profile="gpu", folder=folder, seed=args.seed, seeds=args.seeds, only="none"
-        )
-        if summary([status]):
+            units.bring(source, own / "units")
+        folder, sizes = own / "merge", {"seed": args.seed, "seeds": args.seeds}
+        if summary([execute(args.slug, profile="gpu", folder=folder, only="none", **sizes)]):
             return 1  # the old record stays
         records.write(args.slug, folder)
         text = publish.paired(args.slug, publish.load(folder / "executed.ipynb"))
@@ -205,16 +160,6 @@ def merge(args: Args) -> int:
         if (folder / "media").is_dir():
             publish.sync(folder / "media", paths.media(args.slug))
     return 0
-
-
-def bring(source: Path, store: Path) -> None:
-    """Copy the units found anywhere below `source` into `store`: whole or not at all, none twice."""
-    store.mkdir(parents=True, exist_ok=True)
-    for unit in sorted(meta.parent for meta in source.rglob("meta.json")):
-        if not (store / unit.name / "meta.json").exists():
-            part = Path(tempfile.mkdtemp(prefix=".bring-", dir=store))
-            shutil.copytree(unit, part, dirs_exist_ok=True)
-            part.rename(store / unit.name)
 
 
 def pair(args: Args) -> int:
@@ -236,10 +181,8 @@ def pair(args: Args) -> int:
             wrong.append(notebook)
             if not args.check:
                 paths.write_atomic(notebook, new)
-    print(
-        "\n".join(f"{file}: {'out of step' if args.check else 'brought in step'}" for file in wrong)
-        or "in step"
-    )
+    for file in wrong:
+        print(f"{file}: {'out of step' if args.check else 'brought in step'}")
     return int(bool(wrong))
 
 
@@ -306,38 +249,32 @@ def new(args: Args) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line and run one command; a wrong argument is one line on stderr and exit code 2."""
     parser = argparse.ArgumentParser(prog="readrun", description=__doc__)
-    parser.add_argument(
-        "--with-parent", action="store_true", help="end at once when the calling process dies"
-    )
+    parser.add_argument("--with-parent", action="store_true", help="end when the calling process dies")
     commands = parser.add_subparsers(required=True)
+    profile, only = os.environ.get("READRUN_PROFILE") or "cpu", "train/arm=grpo,seed=[01]*"
     options: dict[str, dict[str, Any]] = {
-        "--chapters": {"default": "", "help": "slugs, separated by spaces (default: all)"},
-        "--profile": {"default": os.environ.get("READRUN_PROFILE") or "cpu", "help": "smoke | cpu | gpu"},
-        "--seed": {"type": int, "default": 0, "help": "the first seed"},
-        "--seeds": {"type": int, "default": 0, "help": "how many (default: the profile's own number)"},
-        "--edition": {"default": "executed", "choices": ("executed", "recorded")},
-        "--jobs": {"default": "", "help": "how many chapters at a time (default: the workflow profile's)"},
-        "--workflow": {"default": "local", "help": "a folder of profiles/, or a path to a Snakemake profile"},
-        "--folder": {"type": Path, "help": "of the run (default: by the keys of today's sources)"},
-        "--out": {"type": Path, "required": True, "help": "folder for units, log and notebook"},
-        "--only": {
-            "default": "",
-            "help": 'units to compute, e.g. "train/arm=grpo,seed=[01]*"; none: only render',
-        },
-        "--limit": {"type": float, "help": "seconds"},
-        "--expect": {"default": "", "help": "name of the run folder that today's sources must give"},
-        "--parameter": {"action": "append", "default": [], "metavar": "NAME=VALUE"},
-        "--tar": {"action": "store_true", "help": f"pack --out into at most {PARTS} files of 16 MiB"},
-        "--collect": {"action": "store_true", "help": "run the named tests and keep their outcomes"},
-        "--check": {"action": "store_true", "help": "change nothing"},
+        "--chapters": dict(default="", help="slugs, separated by spaces (default: all)"),
+        "--profile": dict(default=profile, help="smoke | cpu | gpu"),
+        "--seed": dict(type=int, default=0, help="the first seed"),
+        "--seeds": dict(type=int, default=0, help="how many (default: the profile's own number)"),
+        "--edition": dict(default="executed", choices=("executed", "recorded")),
+        "--jobs": dict(default="", help="how many chapters at a time (default: the workflow profile's)"),
+        "--workflow": dict(default="local", help="a folder of profiles/, or a path to a Snakemake profile"),
+        "--folder": dict(type=Path, help="of the run (default: by the keys of today's sources)"),
+        "--out": dict(type=Path, required=True, help="folder for units, log and notebook"),
+        "--only": dict(default="", help=f'units to compute, as "{only}"; none: only render'),
+        "--limit": dict(type=float, help="seconds"),
+        "--expect": dict(default="", help="name of the run folder that today's sources must give"),
+        "--collect": dict(action="store_true", help="run the named tests and keep their outcomes"),
+        "--check": dict(action="store_true", help="change nothing"),
         "slug": {},
-        "sources": {"nargs": "*", "type": Path, "help": "folders or tar files with units"},
+        "sources": dict(nargs="*", type=Path, help="folders with units"),
     }
-    for command, takes in {
+    takes = {
         book: "--chapters --profile --seed --seeds --edition --jobs --workflow",
         sweep: "--chapters --profile --seed --seeds --jobs --workflow",
-        execute: "slug --profile --seed --seeds --folder --only --limit --parameter --expect",
-        record: "slug --out --only --seed --seeds --limit --tar",
+        execute: "slug --profile --seed --seeds --folder --only --limit --expect",
+        record: "slug --out --only --seed --seeds --limit",
         merge: "slug sources --seed --seeds",
         compare: "slug --folder",
         check: "--chapters",
@@ -345,9 +282,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         pair: "--check",
         nbval: "--chapters",
         new: "slug",
-    }.items():
+    }
+    for command, names in takes.items():
         sub = commands.add_parser(command.__name__, help=command.__doc__, description=command.__doc__)
-        for name in takes.split():
+        for name in names.split():
             sub.add_argument(name, **options[name])
         sub.set_defaults(run=command)
     args = parser.parse_args(argv)

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import sys
 import threading
 import time
@@ -32,9 +33,7 @@ def run_folder(slug: str, profile: str, seed: int = 0, seeds: int = 0) -> Path:
     """Where a run of today's sources belongs: build/<slug>/<profile>/<content>-<render>[-s<seed>n<seeds>]."""
     try:
         keys = content.content_key(slug, {"profile": profile})[:12], content.render_key(slug)[:12]
-    except (
-        Exception
-    ):  # a cell or file that cannot be read fails its chapter, when it is executed, not the book
+    except Exception:  # a file that cannot be read fails its chapter, when it is executed, not the book
         keys = "unreadable", paths.file_sha256(paths.notebook(slug))[:12]
     narrowed = f"-s{seed}n{seeds}" if seed or seeds else ""
     return paths.build() / slug / profile / ("-".join(keys) + narrowed)
@@ -116,31 +115,18 @@ def _failure(error: BaseException, expired: bool, limit: float) -> dict[str, str
     return {"state": state, "error": f"{name}: {value}"[:2000], "traceback": text}
 
 
-def _where(executed: Path, error: BaseException, slug: str) -> int | None:
-    """Number, from 1, of the code cell that was running: the one that raised, else the last that began."""
-    source = getattr(error, "source", None)
-    with contextlib.suppress(OSError, ValueError, KeyError):  # nothing ran, or the disk was full
-        done = json.loads(executed.read_text(encoding="utf-8"))["cells"]
-        begun = [c for c in done if c["cell_type"] == "code" and c["metadata"]["papermill"]["start_time"]]
-        source = source or ("".join(begun[-1]["source"]) if begun else None)
-    with contextlib.suppress(OSError, ValueError):
-        code = [cell.source for cell in content.cells(slug) if cell.kind == "code"]
-        return code.index(source) + 1 if source in code else None
-    return None
+def _where(executed: Path) -> int | None:
+    """Number, from 1, of the code cell that was running: the last that began; None if nothing did."""
+    from readrun import publish
+
+    times = [c["metadata"].get("papermill", {}) for c in publish.code_cells(publish.load(executed))]
+    return max((i for i, time in enumerate(times, 1) if time.get("start_time")), default=None)
 
 
 def execute(
-    slug: str,
-    *,
-    profile: str,
-    folder: Path,
-    seed: int = 0,
-    seeds: int = 0,
-    only: str = "",
-    limit: float | None = None,
-    parameters: dict[str, Any] | None = None,
-    expect: str = "",
-) -> dict[str, Any]:
+    slug: str, *, profile: str, folder: Path, seed: int = 0, seeds: int = 0, only: str = "",
+    limit: float | None = None, parameters: dict[str, Any] | None = None, expect: str = "",
+) -> dict[str, Any]:  # fmt: skip
     """Execute chapter `slug` in `folder` and return its status, which is also in `folder/status.json`.
 
     `limit`: seconds, by default $READRUN_LIMIT or those of the profile. `parameters`: more notebook
@@ -153,19 +139,13 @@ def execute(
     os.environ.update(kernel.install(paths.build() / ".jupyter"))
     folder.mkdir(parents=True, exist_ok=True)
     status_file, reserve, executed = (folder / n for n in ("status.json", "status.part", "executed.ipynb"))
-    for old in (status_file, executed):
+    for old in (status_file, executed, folder / "results.json"):  # of an earlier attempt
         old.unlink(missing_ok=True)
+    shutil.rmtree(folder / "media", ignore_errors=True)
     limit = limit or float(os.environ.get("READRUN_LIMIT") or LIMITS[profile])
     started, clock, watch = datetime.now(UTC).isoformat(timespec="seconds"), time.monotonic(), Watch(limit)
     device = "auto" if profile == "gpu" and only != "none" else "cpu"
-    given = {
-        "profile": profile,
-        "seed": seed,
-        "seeds": seeds,
-        "device": device,
-        "only": only,
-        "out": str(folder),
-    }
+    given = dict(profile=profile, seed=seed, seeds=seeds, device=device, only=only, out=str(folder))
     given |= parameters or {}
     outcome: dict[str, Any] = {"state": "ok", "error": "", "traceback": "", "cell": None}
     try:
@@ -177,9 +157,7 @@ def execute(
         paths.write_atomic(folder / "input.ipynb", publish.write(notebook))
         watch.start()
         with _into(folder / "log.txt"):
-            logging.basicConfig(
-                level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr, force=True
-            )
+            logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", force=True)
             sys.modules.setdefault(kernel.SLOW_IMPORT, None)  # type: ignore[arg-type]
             import papermill
 
@@ -189,13 +167,11 @@ def execute(
                 log_output=True, cwd=paths.notebook(slug).parent,
             )  # fmt: skip
     except Exception as error:  # whatever it was, it belongs to this chapter alone
-        outcome |= _failure(error, watch.expired, limit) | {"cell": _where(executed, error, slug)}
+        outcome |= _failure(error, watch.expired, limit) | {"cell": _where(executed)}
     watch.done.set()
     status = {"slug": slug, "started": started, "seconds": round(time.monotonic() - clock, 2)} | outcome
     status |= {"peak_ram_gib": round(watch.peak / 2**30, 3), "parameters": given}
-    with open(
-        reserve, "r+b" if reserve.exists() else "wb"
-    ) as stream:  # over the reserved blocks: no new space
+    with open(reserve, "r+b" if reserve.exists() else "wb") as stream:  # reserved blocks: no new space
         stream.write(json.dumps(status, indent=1).encode())
         stream.truncate()
     reserve.replace(status_file)

@@ -8,13 +8,12 @@ time stamps only on pages that changed.
 from __future__ import annotations
 
 import filecmp
-import hashlib
 import json
 import shutil
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
@@ -57,27 +56,27 @@ def _text(cell: Mapping[str, Any]) -> str:
     return "".join(cell["source"])
 
 
-def _code(notebook: Notebook) -> list[dict[str, Any]]:
-    return [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+def code_cells(notebook: Notebook) -> list[dict[str, Any]]:
+    """A notebook's code cells without the one that papermill injects."""
+    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    return [cell for cell in code if "injected-parameters" not in cell["metadata"].get("tags", [])]
 
 
 def join(today: Notebook, executed: Notebook) -> int:
-    """Put outputs of `executed` under the equal code cells of `today` that have none; return how many have
-    none.
+    """Put outputs of `executed` under the equal code cells of `today` without any; return how many stay so.
 
-    Cells with the same source are matched in order. Papermill's injected cell equals no cell of a script and
-    so disappears, and so do widget views, which need a kernel, and progress bars.
+    Cells with the same source are matched in order. Widget views, which need a kernel, and progress bars are
+    left out.
     """
     found = defaultdict(list)
-    for cell in _code(executed):
-        if "injected-parameters" not in cell["metadata"].get("tags", []):
-            found[_text(cell)].append(cell)
-    for cell in _code(today):
+    for cell in code_cells(executed):
+        found[_text(cell)].append(cell)
+    for cell in code_cells(today):
         match = found[_text(cell)].pop(0) if found[_text(cell)] else {}
         if match.get("execution_count") is not None and cell["execution_count"] is None:
             cell["execution_count"] = match["execution_count"]
             cell["outputs"] = [output for output in match["outputs"] if _keep(output)]
-    return sum(cell["execution_count"] is None for cell in _code(today))
+    return sum(cell["execution_count"] is None for cell in code_cells(today))
 
 
 def _keep(output: Mapping[str, Any]) -> bool:
@@ -95,9 +94,9 @@ def paired(slug: str, executed: Notebook | None = None, only_checked: bool = Fal
     notebook = source_notebook(slug)
     join(notebook, executed or load(paths.notebook(slug).with_suffix(".ipynb")))
     for profile in ("cpu", "smoke"):
-        run = _code(load(run_folder(slug, profile) / "executed.ipynb"))
+        run = code_cells(load(run_folder(slug, profile) / "executed.ipynb"))
         join(notebook, {"cells": [cell for cell in run if "NBVAL_CHECK_OUTPUT" in _text(cell)]})
-    for cell in _code(notebook) if only_checked else []:
+    for cell in code_cells(notebook) if only_checked else []:
         cell["outputs"] = cell["outputs"] if "NBVAL_CHECK_OUTPUT" in _text(cell) else []
     return write(notebook)
 
@@ -131,15 +130,13 @@ def _notes(slug: str, status: Mapping[str, Any] | None, missing: int) -> list[st
         notes.append(f":::{{warning}}\n{missing} code cells {since}; they show no output.\n:::")
     record = None if record_problem(slug) else records.load(slug)
     if record is not None and record.stale:
-        notes.append(
-            ":::{warning}\nThe recorded GPU results are **stale**: other code than this made them.\n:::"
-        )
+        said = "The recorded GPU results are **stale**: other code than this made them."
+        notes.append(f":::{{warning}}\n{said}\n:::")
     return notes
 
 
 def page(slug: str, folder: Path, status: Mapping[str, Any] | None, recorded: bool, stage: Path) -> None:
-    """Write `chapters/<slug>.ipynb` and its media below `stage`, with the outputs of the execution in
-    `folder`.
+    """Write `chapters/<slug>.ipynb` and its media below `stage`, with the outputs of the run in `folder`.
 
     `recorded`: with the committed outputs instead.
     """
@@ -163,36 +160,23 @@ def page(slug: str, folder: Path, status: Mapping[str, Any] | None, recorded: bo
     paths.write_atomic(stage / "chapters" / f"{slug}.ipynb", write(notebook))
 
 
-def toc(text: str, parts: Mapping[str, str]) -> str:
-    """Today's table of contents: `text` of `book/_toc.yml` with the chapters that exist, by part.
+def toc(text: str, slugs: Iterable[str]) -> str:
+    """Today's table of contents: `text` of `book/_toc.yml` with those of its chapters that exist.
 
-    `parts`: {slug: part of its paper file}. A listed chapter that does not exist is left out; one that
-    exists and is not listed joins the part whose own key `part` names it, else a last part "More".
+    `slugs`: the chapters that exist; those that the file does not list come in a last part "More".
     """
     import yaml
 
-    tree, more = yaml.safe_load(text), {"caption": "More", "chapters": []}
-    groups = [*tree.get("parts", []), more]
-    by_part = {group.pop("part", None): group for group in groups}
-    listed = {entry["file"] for group in groups for entry in group["chapters"]}
-    there = {f"chapters/{slug}": part for slug, part in parts.items()}
-    for file, part in there.items():
-        if file not in listed:
-            by_part.get(part or "?", more)["chapters"].append({"file": file})
-    for group in groups:
-        kept = [e for e in group["chapters"] if e["file"] in there or not e["file"].startswith("chapters/")]
-        group["chapters"] = kept
-    tree["parts"] = [group for group in groups if group["chapters"]]
+    tree, there = yaml.safe_load(text), [f"chapters/{slug}" for slug in slugs]
+    listed = {entry["file"] for part in tree["parts"] for entry in part["chapters"]}
+    more = [{"file": file} for file in there if file not in listed]
+    tree["parts"].append({"caption": "More", "chapters": more})
+    for part in tree["parts"]:
+        part.pop("part", None)  # Jupyter Book refuses unknown keys
+        files = [entry["file"] for entry in part["chapters"]]
+        part["chapters"] = [{"file": f} for f in files if f in there or not f.startswith("chapters/")]
+    tree["parts"] = [part for part in tree["parts"] if part["chapters"]]
     return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
-
-
-def _part(slug: str) -> str:
-    import yaml
-
-    try:
-        return str(yaml.safe_load(paths.papers(slug).read_text(encoding="utf-8"))["part"])
-    except (OSError, KeyError, TypeError, yaml.YAMLError):
-        return ""  # a broken paper file fails its chapter and the contract tests, not the table of contents
 
 
 def stage_book(
@@ -205,12 +189,11 @@ def stage_book(
     committed outputs.
     """
     top, book, fresh = paths.root(), paths.build() / "book", paths.build() / "book.new"
-    assert top is not None
     shutil.rmtree(fresh, ignore_errors=True)
     shutil.copytree(top / "book", fresh, ignore=shutil.ignore_patterns("_build", ".*", "__pycache__"))
     shutil.copy(top / "_config.yml", fresh / "_config.yml")
-    contents = toc((fresh / "_toc.yml").read_text(encoding="utf-8"), {slug: _part(slug) for slug in folders})
-    (fresh / "_toc.yml").write_text(contents, encoding="utf-8")
+    contents = fresh / "_toc.yml"
+    contents.write_text(toc(contents.read_text(encoding="utf-8"), folders), encoding="utf-8")
     shown: dict[str, Mapping[str, Any]] = {}
     for slug, folder in folders.items():
         status = statuses.get(slug) or (None if recorded else read_status(folder))
@@ -237,10 +220,9 @@ def _fill(text: str, statuses: list[Mapping[str, Any]]) -> str:
 def sync(source: Path, target: Path) -> None:
     """Make `target` equal to `source`: write what differs, delete what is not there, touch nothing else."""
     names = {file.relative_to(source) for file in source.rglob("*") if file.is_file()}
-    for old in [
-        file for file in target.rglob("*") if file.is_file() and file.relative_to(target) not in names
-    ]:
-        old.unlink()
+    for old in [file for file in target.rglob("*") if file.is_file()]:
+        if old.relative_to(target) not in names:
+            old.unlink()
     for name in names:
         if not (target / name).is_file() or not filecmp.cmp(source / name, target / name, shallow=False):
             paths.write_atomic(target / name, (source / name).read_bytes())
@@ -248,44 +230,31 @@ def sync(source: Path, target: Path) -> None:
 
 def tree_key(folder: Path) -> str:
     """Digest of all names and contents below `folder` and of the versions that turn them into pages."""
-    digest = hashlib.sha256(" ".join(map(version, ("jupyter-book", "sphinx", "sphinx-book-theme"))).encode())
-    for file in sorted(file for file in folder.rglob("*") if file.is_file()):
-        digest.update(f"\0{file.relative_to(folder)}\0".encode() + hashlib.sha256(file.read_bytes()).digest())
-    return digest.hexdigest()
+    makers = [version(name) for name in ("jupyter-book", "sphinx", "sphinx-book-theme")]
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    return content.digest([makers, [[str(f.relative_to(folder)), paths.file_sha256(f)] for f in files]])
 
 
 def build_html(book: Path) -> int:
-    """Run Jupyter Book on the staged sources, warnings as errors; do nothing if they are as at the last
-    build.
+    """Run Jupyter Book on the staged sources, warnings as errors; nothing if they are as at the last build.
 
     The key is written last. Where it is missing (a build was killed or failed) pages may be half written
     though newer than their sources, which Sphinx would take for up to date, so everything is built anew;
     likewise when a page has gone, because Sphinx never deletes.
     """
-    target = (paths.root() or book) / "book" / "_build"
+    target = paths.root() / "book" / "_build"
     key_file, key = target / "readrun.json", tree_key(book)
-    pages = sorted(
-        str(file.relative_to(book)) for file in book.rglob("*") if file.suffix in (".md", ".ipynb")
-    )
+    pages = sorted(str(f.relative_to(book)) for f in book.rglob("*") if f.suffix in (".md", ".ipynb"))
     last = load(key_file)
     if last.get("key") == key and (target / "html" / "index.html").exists():
         return 0
     if last.get("pages") != pages:
         shutil.rmtree(target, ignore_errors=True)
     key_file.unlink(missing_ok=True)
-    start = f"import sys; sys.modules['{kernel.SLOW_IMPORT}'] = None\n"
+    start = f"import sys; sys.modules['{kernel.SLOW_IMPORT}'] = None; "
     start += "from jupyter_book.cli.main import main; main()"
-    command = [
-        sys.executable,
-        "-c",
-        start,
-        "build",
-        str(book),
-        "--path-output",
-        str(target.parent),
-        "--quiet",
-    ]
-    command += ["--warningiserror", "--nitpick", "--keep-going"]
+    command = [sys.executable, "-c", start, "build", str(book), "--path-output", str(target.parent)]
+    command += ["--quiet", "--warningiserror", "--nitpick", "--keep-going"]
     code = subprocess.run(command, preexec_fn=kernel.die_with_parent).returncode
     if code == 0:
         paths.write_atomic(key_file, json.dumps({"key": key, "pages": pages}))

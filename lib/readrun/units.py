@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import builtins
 import contextlib
+import functools
 import inspect
 import json
 import linecache
@@ -20,7 +21,6 @@ import uuid
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -137,7 +137,7 @@ def executed(fn: Any, slug: str) -> list[str]:
     return [cell.source for cell in script if cell.computes and cell.first_line <= line]
 
 
-@lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=256)
 def follow(
     start: str, sources: tuple[str, ...], leaves: frozenset[str]
 ) -> tuple[dict[str, list[ast.stmt]], set[str], bool]:
@@ -309,6 +309,17 @@ def publish(store: Path, name: str, key: str, fill: Callable[[Path], object]) ->
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def bring(source: Path, store: Path) -> None:
+    """Copy the sound units found anywhere below `source` into `store`; what is sound there already stays."""
+    for folder in sorted(file.parent for file in source.rglob("[!.]*/meta.json")):
+        try:
+            key = read_meta(folder)["key"]
+        except ValueError as error:
+            warnings.warn(f"{error}: it is not brought in", RuntimeWarning, stacklevel=2)
+        else:
+            publish(store, folder.name, key, functools.partial(shutil.copytree, folder))
+
+
 # ---------------------------------------------------------------- computing
 
 
@@ -373,7 +384,7 @@ def provenance(device: str) -> dict[str, Any]:
     return {"device": where, "versions": versions, "commit": commit(), "recorded": now()}
 
 
-@lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=1)
 def commit() -> str | None:
     """$READRUN_COMMIT, else the commit that git has checked out, else None."""
     if named := os.environ.get("READRUN_COMMIT"):
