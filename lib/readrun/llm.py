@@ -7,12 +7,51 @@ assistant's, the model continues it.
 
 from __future__ import annotations
 
+import importlib
+import json
+import re
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
+from pydantic import BaseModel, ValidationError
+
+Message = dict[str, str]
 Conversation = str | Sequence[Mapping[str, str]]
+Schema = TypeVar("Schema", bound=BaseModel)
+
+
+def __getattr__(name: str) -> Any:  # what needs torch or openai is imported when it is asked for
+    for module, names in (
+        ("transformers", {"TransformersLLM", "plain", "raw"}),
+        ("http", {"OpenAILLM", "Cassette"}),
+    ):
+        if name in names:
+            return getattr(importlib.import_module(f"readrun.llm_{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def from_spec(spec: str, *, device: str = "cpu", **options: Any) -> LLM:
+    """The model that a `checkpoint` parameter names.
+
+    spec: a hub id or a folder (config, safetensors weights, tokenizer, and for a model that sees images its
+    processor), or openai:MODEL@URL with the URL up to /v1. options: of TransformersLLM or OpenAILLM.
+    Weights are bfloat16 on a GPU, float32 on a CPU. Raises ValueError naming `checkpoint`.
+    """
+    from readrun import llm_http, llm_transformers
+
+    found = re.fullmatch(r"openai:(.+?)@(https?://.+)", spec)
+    try:
+        if found:
+            return llm_http.OpenAILLM(found[2], found[1], **options)
+        if spec.startswith("openai:"):
+            raise ValueError("after openai: comes MODEL@URL")
+        return llm_transformers.load(spec, device, **options)
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        wanted = "accepted: hub id or folder of a language model, or openai:MODEL@http(s)://HOST/v1"
+        quoted = re.sub(r"//[^/@]*@", "//***@", f"{spec!r:.200}: {str(error)[:300]}")
+        raise ValueError(f"checkpoint: {quoted}; {wanted}") from None
 
 
 class LLMError(RuntimeError):
@@ -53,9 +92,9 @@ class Reply:
 
 @dataclass(frozen=True)
 class Request:
-    """A checked call, as a backend's `_generate` gets it; images belong to the last user message."""
+    """A checked call, as a backend's `_generate` gets it; images are RGB PIL images."""
 
-    messages: list[dict[str, str]]
+    messages: list[Message]
     n: int
     max_tokens: int
     temperature: float
@@ -63,7 +102,7 @@ class Request:
     images: list[Any]
 
 
-def as_messages(conversation: Conversation) -> list[dict[str, str]]:
+def as_messages(conversation: Conversation) -> list[Message]:
     """The conversation as a list of plain dicts. Raises ValueError naming the message that is none."""
     if isinstance(conversation, str):
         return [{"role": "user", "content": conversation}]
@@ -100,7 +139,7 @@ class LLM:
     ) -> list[Reply]:  # fmt: skip
         """n replies to one conversation; temperature 0 is greedy.
 
-        images: PIL images or paths, for the last user message
+        images: PIL images or paths; they belong to the first user message
         Raises ValueError for a bad argument, LLMError if there is no usable reply.
         """
         pictures = None if images is None else [images]
@@ -126,23 +165,22 @@ class LLM:
                 raise ValueError(f"{name}: {value!r}; accepted: {least} or more")
         if not all(isinstance(text, str) and text for text in stop):
             raise ValueError(f"stop: {stop!r}; accepted: texts that are not empty")
-        pictures = [[] for _ in conversations] if images is None else [list(some) for some in images]
+        pictures = [()] * len(conversations) if images is None else images
         if len(pictures) != len(conversations):
             raise ValueError(f"images: {len(pictures)} lists for {len(conversations)} conversations")
         if any(pictures) and not self.can_see:
             raise LLMError(f"{self.name} takes no images")
         requests = [
-            Request(as_messages(messages), n, max_tokens, temperature, stop, some)
+            Request(as_messages(messages), n, max_tokens, temperature, stop, [_picture(x) for x in some])
             for messages, some in zip(conversations, pictures, strict=True)
         ]
+        if any(r.images and all(m["role"] != "user" for m in r.messages) for r in requests):
+            raise ValueError("images: the conversation has no user message that they could belong to")
         answers = self._generate(requests) if requests else []
-        for answer in answers:
-            if not isinstance(answer, LLMError):
-                self._count(*(reply.usage for reply in answer))
-        if not return_errors:
-            for answer in answers:
-                if isinstance(answer, LLMError):
-                    raise answer
+        errors = [answer for answer in answers if isinstance(answer, LLMError)]
+        self._count(*(r.usage for answer in answers if not isinstance(answer, LLMError) for r in answer))
+        if errors and not return_errors:
+            raise errors[0]
         return answers
 
     def loglik(self, prompt: Conversation, continuations: Sequence[str]) -> list[float]:
@@ -168,14 +206,23 @@ class LLM:
         """Answer requests that differ in messages and images only."""
         raise NotImplementedError
 
-    def _loglik(
-        self, prompts: list[list[dict[str, str]]], continuations: list[list[str]]
-    ) -> list[list[float]]:
+    def _loglik(self, prompts: list[list[Message]], continuations: list[list[str]]) -> list[list[float]]:
         raise NotImplementedError
 
     def _count(self, *usages: Usage) -> None:
         with self._lock:
             self.usage = sum(usages, self.usage)
+
+
+def _picture(image: Any) -> Any:
+    from PIL import Image
+
+    try:
+        return (image if isinstance(image, Image.Image) else Image.open(image)).convert("RGB")
+    except (OSError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"images: {image!r:.200} is no PIL image and no picture file ({error!r:.200})"
+        ) from None
 
 
 class ScriptedLLM(LLM):
@@ -191,15 +238,15 @@ class ScriptedLLM(LLM):
 
     def __init__(
         self,
-        replies: Sequence[str | Reply | LLMError] | Callable[[list[dict[str, str]]], str | Reply | LLMError],
-        loglik: Callable[[list[dict[str, str]], str], float] | None = None,
+        replies: Sequence[str | Reply | LLMError] | Callable[[list[Message]], str | Reply | LLMError],
+        loglik: Callable[[list[Message], str], float] | None = None,
     ) -> None:
         super().__init__()
         self._script = replies if callable(replies) else self._next
         self._left = iter(() if callable(replies) else list(replies))
         self._score, self.can_loglik, self.requests = loglik, loglik is not None, list[Request]()
 
-    def _next(self, messages: list[dict[str, str]]) -> str | Reply | LLMError:
+    def _next(self, messages: list[Message]) -> str | Reply | LLMError:
         given = next(self._left, None)
         if given is None:
             raise LLMError(f"the script has no reply left for: {messages[-1]['content']!r:.200}")
@@ -223,11 +270,108 @@ class ScriptedLLM(LLM):
             replies.append(given)
         return replies
 
-    def _loglik(
-        self, prompts: list[list[dict[str, str]]], continuations: list[list[str]]
-    ) -> list[list[float]]:
+    def _loglik(self, prompts: list[list[Message]], continuations: list[list[str]]) -> list[list[float]]:
         assert self._score is not None
         return [
             [self._score(prompt, text) for text in some]
             for prompt, some in zip(prompts, continuations, strict=True)
         ]
+
+
+# Replies with a structure
+
+
+class ReplyError(LLMError):
+    """A reply that does not have the structure asked for; the message quotes it."""
+
+
+def parse_reply(reply: Reply | str, schema: type[Schema]) -> Schema:
+    """The one JSON object in a reply that fits `schema`, or else its lines "field name: value".
+
+    Prose and code fences around the object do not matter. Names of fields may be written with blanks and in
+    any case; a value goes on up to the next field. Raises ReplyError, quoting the reply, if there is none, if
+    a value does not fit, or if there are two that differ.
+    """
+    text = reply if isinstance(reply, str) else reply.text
+    try:
+        found = list(_objects(text)) or [_fields(text, schema)]
+        fitting, error = list[Schema](), None
+        for values in found:
+            try:
+                fitting.append(schema.model_validate(values))
+            except ValidationError as problem:
+                error = error or problem
+        if not fitting and error:
+            problems = (f"{'.'.join(map(str, e['loc'])) or 'object'}: {e['msg']}" for e in error.errors())
+            raise ValueError("; ".join(problems))
+        if any(one != fitting[0] for one in fitting):
+            raise ValueError(f"{len(fitting)} objects that differ")
+        return fitting[0]
+    except (ValueError, RecursionError) as problem:
+        asked = ", ".join(schema.model_fields)
+        raise ReplyError(f"the reply does not give {asked}: {problem}; it says: {text!r:.500}") from None
+
+
+def _objects(text: str) -> Iterator[dict[str, Any]]:
+    """Outermost JSON objects of a text. Braces that are no JSON are skipped up to where they close."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len({name for name, _ in pairs}) < len(pairs):
+            raise ValueError("an object names a field twice")
+        return dict(pairs)
+
+    def refuse(name: str) -> None:
+        raise ValueError(f"{name} is no JSON number")
+
+    decoder, at = json.JSONDecoder(object_pairs_hook=unique, parse_constant=refuse), text.find("{")
+    while at >= 0:
+        try:
+            value, at = decoder.raw_decode(text, at)
+            yield value
+        except json.JSONDecodeError:
+            depth = 0
+            for at in range(at, len(text)):  # noqa: B020
+                depth += {"{": 1, "}": -1}.get(text[at], 0)
+                if depth == 0:
+                    break
+            at += 1
+        at = text.find("{", at)
+
+
+def _fields(text: str, schema: type[BaseModel]) -> dict[str, str]:
+    names = {(field.alias or name): name for name, field in schema.model_fields.items()}
+    label = "|".join(re.escape(name).replace("_", "[ _]") for name in names)
+    parts = re.split(rf"(?im)^[ \t>*_#-]*({label})[ *_]*:[ *]*", text)
+    values: dict[str, str] = {}
+    for name, value in zip(parts[1::2], parts[2::2], strict=True):
+        name = next(
+            known
+            for known in names
+            if known.lower() == name.lower().replace(" ", "_") or known.lower() == name.lower()
+        )
+        if values.setdefault(name, value.strip()) != value.strip():
+            raise ValueError(f"{name} is given twice, and differently")
+    if not values:
+        raise ValueError("neither a JSON object nor lines that name these fields")
+    return values
+
+
+def ask(
+    llm: LLM, messages: Conversation, schema: type[Schema], retries: int = 1, **options: Any
+) -> tuple[Schema, list[Reply]]:
+    """(parsed reply, all replies): a reply that cannot be parsed goes back with the error, `retries` times.
+
+    options: of `LLM.generate`, without n. Raises ReplyError for the last reply.
+    """
+    conversation, replies = as_messages(messages), list[Reply]()
+    while True:
+        replies += llm.generate(conversation, **options)
+        try:
+            return parse_reply(replies[-1], schema), replies
+        except ReplyError as error:
+            if len(replies) > retries:
+                raise
+            again = f"Your reply could not be used: {error}. Answer again, in the form asked for."
+            conversation += [
+                {"role": "assistant", "content": replies[-1].text}, {"role": "user", "content": again}
+            ]  # fmt: skip
