@@ -103,7 +103,7 @@ def test_profile_comes_from_parameter_environment_or_cpu(monkeypatch: pytest.Mon
 
 def test_checkpoint_is_a_hub_id_or_a_folder(book: Path) -> None:
     (book / "models/mine").mkdir(parents=True)
-    for hub_id in ("org/name", "Qwen/Qwen2.5-1.5B", "gpt2", ""):
+    for hub_id in ("org/name", "Qwen/Qwen2.5-1.5B", "gpt2", "", "openai:org/name@http://localhost:8000/v1"):
         assert readrun.start("toy", checkpoint=hub_id).checkpoint == hub_id
     assert readrun.start("toy", checkpoint="models/mine").checkpoint == str(book / "models/mine")
 

@@ -50,7 +50,7 @@ def from_spec(spec: str, *, device: str = "cpu", **options: Any) -> LLM:
         return llm_transformers.load(spec, device, **options)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         wanted = "accepted: hub id or folder of a language model, or openai:MODEL@http(s)://HOST/v1"
-        quoted = re.sub(r"//[^/@]*@", "//***@", f"{spec!r:.200}: {str(error)[:300]}")
+        quoted = re.sub(r"//[^/@\s']*@", "//***@", f"{spec!r:.200}: {str(error)[:300]}")
         raise ValueError(f"checkpoint: {quoted}; {wanted}") from None
 
 

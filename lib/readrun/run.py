@@ -217,6 +217,8 @@ def _whole(name: str, value: Any, least: int) -> int:
 
 def _checkpoint(value: str) -> str:
     path = Path(value).expanduser()
+    if re.fullmatch(r"openai:.+@https?://.+", value):
+        return value  # a model behind an API, for the chapters that only ask questions: readrun.llm
     if not value or path.exists():
         return value and str(path.resolve())
     if re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", value) and not Path(value.partition("/")[0] + "/").is_dir():
