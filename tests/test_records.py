@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from readrun import claims, paths, records
+from readrun import claims, paths, records, tables
 
 PAPER = """
 slug: {slug}
@@ -146,6 +146,12 @@ def recorded(book, slug="tiny"):
     return records.write(slug, folder)
 
 
+def replace(folder):
+    """Make the results in `folder` the record although the old one is broken or has more."""
+    paths.results("tiny").unlink()
+    return records.write("tiny", folder)
+
+
 def edit(change, slug="tiny"):
     file = paths.results(slug)
     data = json.loads(file.read_text())
@@ -248,18 +254,18 @@ def test_only_gpu_results_of_this_chapter_become_its_record(book):
     assert records.load("tiny") is None
 
 
-def test_less_never_replaces_more_unless_forced(book):
+def test_less_never_replaces_more(book):
     first = recorded(book)
     _, folder = made(book, "less", seeds=3)
     with pytest.raises(records.RecordError, match=r"tokens of ours \(3 instead of 4\)"):
         records.write("tiny", folder)
     assert records.load("tiny").nonce == first.nonce
-    records.write("tiny", folder, force=True)
+    replace(folder)
     _, more = made(book, "more", seeds=6)
     assert len(records.write("tiny", more).metrics["tokens"]["ours"]) == 6
 
 
-def test_a_broken_record_says_so_and_is_not_replaced_unless_forced(book):
+def test_a_broken_record_says_so_and_is_not_replaced(book):
     recorded(book)
     _, folder = made(book, "new")
     good = paths.results("tiny").read_text()
@@ -275,7 +281,7 @@ def test_a_broken_record_says_so_and_is_not_replaced_unless_forced(book):
         for attempt in (records.load, records.validate, lambda slug: records.write(slug, folder)):
             with pytest.raises(records.RecordError, match="tiny.gpu.json is broken"):
                 attempt("tiny")
-    records.write("tiny", folder, force=True)
+    replace(folder)
     npz = paths.results("tiny", "npz")
     npz.write_bytes(npz.read_bytes()[:-1] + b"x")
     with pytest.raises(records.RecordError, match="tiny.gpu.npz is missing or differs from its checksum"):
@@ -337,8 +343,7 @@ def test_validation_computes_every_verdict_again(book):
     edit(verdict)
     with pytest.raises(records.RecordError, match="c4-later: recorded reproduced, computed again not run"):
         records.validate("tiny")
-    recorded_again = records.write("tiny", book / "build" / "run-tiny", force=True)
-    assert recorded_again
+    replace(book / "build" / "run-tiny")
 
     def effect(data):
         data["claims"]["c2-items"]["low"] += 0.3
@@ -346,7 +351,7 @@ def test_validation_computes_every_verdict_again(book):
     edit(effect)
     with pytest.raises(records.RecordError, match="c2-items: recorded"):
         records.validate("tiny")
-    records.write("tiny", book / "build" / "run-tiny", force=True)
+    replace(book / "build" / "run-tiny")
 
     def number(data):
         data["metrics"]["tokens"]["ours"][0] += 5
@@ -354,7 +359,7 @@ def test_validation_computes_every_verdict_again(book):
     edit(number)
     with pytest.raises(records.RecordError, match="metric gap is not what the chapter derives.*c1-shorter"):
         records.validate("tiny")
-    records.write("tiny", book / "build" / "run-tiny", force=True)
+    replace(book / "build" / "run-tiny")
 
     def dropped(data):
         del data["claims"]["c1-shorter"]
@@ -385,14 +390,29 @@ def test_a_record_is_stale_once_the_code_changed_and_not_by_a_comment(book):
 
 def test_compare_sets_the_newest_run_beside_the_record(book):
     with pytest.raises(records.RecordError, match="run the chapter first"):
-        records.compare("tiny")
+        records.newest("tiny")
+    made(book, "tiny/cpu/old", profile="cpu", seeds=2)
+    os.utime(book / "build/tiny/cpu/old/results.json", (1, 1))
     made(book, "tiny/cpu/live", profile="cpu", seeds=2)
-    rows = {row["claim"]: row for row in records.compare("tiny")}
-    assert rows["c1-shorter"]["book"] == "not run" and rows["c1-shorter"]["agree"] == ""
+    assert records.newest("tiny") == book / "build/tiny/cpu/live"
+    here = records.from_folder(book / "build/tiny/cpu/live")
+    assert {"claim", "here (cpu)"} == set(records.compare(None, here)[0])
     recorded(book)
-    rows = {row["claim"]: row for row in records.compare("tiny", book / "build/tiny/cpu/live")}
-    assert rows["c1-shorter"]["book"].startswith("reproduced -") and "[" in rows["c1-shorter"]["here (cpu)"]
-    assert rows["c1-shorter"]["agree"] == "yes" and rows["c4-later"]["agree"] == ""
+    rows = {row["claim"]: row for row in records.compare(records.load("tiny"), here)}
+    first = rows["c1-shorter"]
+    assert first["book"].startswith("reproduced −") and "[" in first["here (cpu)"]
+    assert first["intervals overlap"] == "yes" and rows["c4-later"]["intervals overlap"] == ""
+    assert rows["c4-later"]["book"] == "not run"
+
+
+def test_an_amended_rule_says_so_in_the_chapter_and_on_the_scoreboard(book):
+    file = paths.papers("tiny")
+    change = "{date: 2026-01-02, claim: c1-shorter, what: the margin is 2, why: it was misread}"
+    file.write_text(f"{file.read_text()}amendments: [{change}]\n")
+    results = recorded(book)
+    said = "rule amended 2026-01-02: the margin is 2 (it was misread)"
+    assert said in tables.verdicts(results).data
+    assert said in tables._claims(records.scoreboard_rows()).data
 
 
 def test_the_scoreboard_has_a_row_for_every_claim_and_survives_broken_files(book):

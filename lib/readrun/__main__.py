@@ -200,7 +200,8 @@ def compare(args: Args) -> int:
     """Set a run of one's own (the newest, or the one in --folder) beside the record, with intervals."""
     from readrun import records
 
-    for row in records.compare(args.slug, args.folder):
+    here = records.from_folder(args.folder or records.newest(args.slug))
+    for row in records.compare(records.load(args.slug), here):
         print(*(f"{name}: {value}" for name, value in row.items()), sep="\n    ")
     return 0
 

@@ -22,9 +22,8 @@ from readrun import paths
 
 SCHEME = 2  # raise it when a change in a CORE module alters what a unit computes: no key has their source
 CORE = frozenset("__init__ paths run units content chapter".split())
-DRAWING = frozenset(
-    "plots picker media tables records grading claims stats".split()
-)  # what a page shows, not what is computed
+# what a page shows and no result depends on; PRESENTATION has the commands' own modules besides
+DRAWING = frozenset("plots picker media tables records grading claims stats".split())
 PRESENTATION = DRAWING | {"publish", "execute", "__main__", "kernel", "new"}
 PROFILES = ("smoke", "cpu", "gpu")
 NOT_IN_KEY = frozenset({"seed", "seeds", "only", "out", "device"})

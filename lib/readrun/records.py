@@ -25,7 +25,7 @@ import numpy as np
 from pydantic import ConfigDict, FiniteFloat, TypeAdapter, ValidationError, with_config
 from typing_extensions import TypedDict  # typing's has what pydantic needs from Python 3.12 on
 
-from readrun import claims, content, paths, stats, units
+from readrun import claims, content, paths, stats, tables, units
 
 NPZ_BYTES = 500_000
 Claims = dict[str, dict[str, Any]]
@@ -118,9 +118,8 @@ def normalised(metrics: Mapping, arrays: Mapping) -> tuple[dict, dict[str, np.nd
             except (TypeError, ValueError):
                 rows[key] = np.nan
             if not np.isfinite(rows[key]):
-                raise ValueError(
-                    f"metric {metric!r}, arm {arm!r}: value {value!r} of {key!r} is no finite number"
-                )
+                where = f"metric {metric!r}, arm {arm!r}"
+                raise ValueError(f"{where}: value {value!r} of {key!r} is no finite number")
         out.setdefault(metric, {})[arm] = list(rows.values())
         if isinstance(values, Mapping):
             kept[f"seeds/{metric}/{arm}"] = np.asarray(list(rows))
@@ -147,9 +146,8 @@ def _save(results: Results, file: Path, npz: Path) -> None:
     np.savez_compressed(buffer, **results.arrays)  # type: ignore[arg-type]
     if buffer.tell() > NPZ_BYTES:
         large = sorted(results.arrays, key=lambda k: -results.arrays[k].nbytes)[:3]
-        raise ValueError(
-            f"{npz.name}: {buffer.tell():,} bytes, at most {NPZ_BYTES:,}; largest: {', '.join(large)}"
-        )
+        size = f"{buffer.tell():,} bytes, at most {NPZ_BYTES:,}"
+        raise ValueError(f"{npz.name}: {size}; largest: {', '.join(large)}")
     results.record["arrays_sha256"] = sha256(buffer.getvalue()).hexdigest()
     text = json.dumps(SCHEMA.validate_python(results.record), indent=1, allow_nan=False) + "\n"
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -191,28 +189,22 @@ def from_folder(folder: Path) -> Results:
     return _read(folder / "results.json", folder / "results.npz")
 
 
-def write(slug: str, folder: Path, force: bool = False) -> Results:
+def write(slug: str, folder: Path) -> Results:
     """Make the results in `folder` the chapter's record; the one it replaces stays in git's history.
 
     Raises RecordError, and leaves the old record, if the new one is not of the gpu profile, has fewer values
-    of a metric and arm than the old one, or if the old one is broken; `force` is for when that is meant.
+    of a metric and arm than the old one, or if the old one is broken. Where that is meant, remove it first.
     """
-    new, old = from_folder(folder), None if force else load(slug)
+    new, old = from_folder(folder), load(slug)
     if (new.slug, new.profile) != (slug, "gpu"):
-        raise RecordError(
-            f"results of {new.slug} in profile {new.profile}; a record of {slug} is made in gpu"
-        )
-    had, has = (
-        Counter(
-            {f"{m} of {a}": len(v) for m, arms in r.metrics.items() for a, v in arms.items()} if r else {}
-        )
-        for r in (old, new)
-    )
-    if less := had - has:
-        lost = ", ".join(f"{what} ({has[what]} instead of {had[what]})" for what in less)
-        raise RecordError(
-            f"{slug}: the record has more: {lost}. Bring all units in, or force the replacement"
-        )
+        made = f"results of {new.slug} in profile {new.profile}"
+        raise RecordError(f"{made}; a record of {slug} is made in gpu")
+    had, has = Counter[str](), Counter[str]()
+    for count, results in ((had, old), (has, new)):
+        for metric, arms in results.metrics.items() if results else ():
+            count.update({f"{metric} of {arm}": len(values) for arm, values in arms.items()})
+    if lost := ", ".join(f"{what} ({has[what]} instead of {had[what]})" for what in had - has):
+        raise RecordError(f"{slug}: the record has more: {lost}. Bring all units in, or remove the record")
     if (status := folder / "status.json").is_file():  # the whole rendering, not only up to the results
         new.record["render_seconds"] = json.loads(status.read_text(encoding="utf-8"))["seconds"]
     _save(new, paths.results(slug), paths.results(slug, "npz"))
@@ -236,9 +228,8 @@ def validate(slug: str) -> Results | None:
         a, b = (found.get(i, {"verdict": "absent"}) for found in (results.claims, today))
         # another scipy may draw other resamples: 5 % of the interval's width
         slack = 0.05 * (b["high"] - b["low"]) if "bootstrap" in b.get("method", "") else 0.0
-        if not all(
-            _same(a.get(k), b.get(k), slack) for k in ("verdict", "effect", "low", "high", "n", "over")
-        ):
+        keys = ("verdict", "effect", "low", "high", "n", "over")
+        if not all(_same(a.get(k), b.get(k), slack) for k in keys):
             wrong.append(f"{i}: recorded {brief(a)}, computed again {brief(b)}")
     if wrong:
         raise RecordError(f"{slug}: " + "; ".join(wrong))
@@ -257,27 +248,45 @@ def _same(a: Any, b: Any, slack: float = 0.0) -> bool:
 
 def brief(claim: Mapping) -> str:
     """A verdict with its effect and interval in one short text."""
-    numbers = {k: "" if claim.get(k) is None else f"{claim[k]:.4g}" for k in ("effect", "low", "high")}
-    interval = f"[{numbers['low']}, {numbers['high']}]" if numbers["low"] else ""
-    return " ".join(filter(None, (claim["verdict"].replace("_", " "), numbers["effect"], interval)))
+    word = claim["verdict"].replace("_", " ")
+    return word if claim.get("effect") is None else f"{word} {tables.measured(claim)}"
 
 
-def compare(slug: str, folder: Path | None = None) -> list[dict[str, Any]]:
-    """Rows that set a run (in `folder`, else the chapter's newest) beside the record: claim, both, agreement.
-
-    `agree` says whether the two intervals overlap. Raises RecordError where there is no run to compare.
-    """
+def newest(slug: str) -> Path:
+    """Folder of a chapter's last run on this machine that has results. Raises RecordError: there is none."""
     runs = sorted((paths.build() / slug).glob("*/*/results.json"), key=lambda f: f.stat().st_mtime)
-    if folder is None and not runs:
+    if not runs:
         raise RecordError(f"{slug}: no run under {paths.build() / slug}: run the chapter first")
-    here, book = from_folder(folder or runs[-1].parent), load(slug)
+    return runs[-1].parent
+
+
+def compare(book: Results | None, here: Results) -> list[dict[str, str]]:
+    """Rows that set a run beside the record (None: not there), one per claim; one and the same run once.
+
+    `intervals overlap`: yes or no, where both have one.
+    """
+    runs = {"book": book} if book is here else {"book": book, f"here ({here.profile})": here}
+    by_run = {name: run.claims for name, run in runs.items() if run}
     rows = []
-    for claim in claims.load(slug).claims:
-        a, b = ((r.claims if r else {}).get(claim.id, {"verdict": "not_run"}) for r in (book, here))
-        known = None not in (a.get("low"), b.get("low"))
-        agree = known and max(a["low"], b["low"]) <= min(a["high"], b["high"])
-        words = {True: "yes", False: "no"}[agree] if known else ""
-        rows.append({"claim": claim.id, "book": brief(a), f"here ({here.profile})": brief(b), "agree": words})
+    for i in dict.fromkeys(i for found in by_run.values() for i in found):
+        both = {name: found.get(i) or {"verdict": "not_run"} for name, found in by_run.items()}
+        rows.append({"claim": i} | {name: brief(claim) for name, claim in both.items()})
+        ends = [(c["low"], c["high"]) for c in both.values() if c.get("low") is not None]
+        if len(both) == 2:
+            overlap = len(ends) == 2 and max(low for low, _ in ends) <= min(high for _, high in ends)
+            rows[-1]["intervals overlap"] = "yes" if overlap else "no" if len(ends) == 2 else ""
+    return rows
+
+
+def claim_rows(paper: claims.Paper, results: Results | None) -> list[dict[str, Any]]:
+    """A paper's claims with their verdicts; what has none is `not_run`."""
+    rows = []
+    for c in paper.claims:
+        about = {k: getattr(c, k) for k in ("id", "kind", "headline", "evidence", "statement")}
+        about |= {"badge": c.caution, "form": c.rule.form, "paper": c.paper.value, "where": c.paper.where}
+        about["amended"] = [a.model_dump(mode="json") for a in paper.amendments if a.claim == c.id]
+        found = results.claims.get(c.id) if results else None
+        rows.append(vars(stats.Verdict("not_run")) | about | (found or {}))
     return rows
 
 
@@ -288,25 +297,18 @@ def scoreboard_rows() -> list[dict[str, Any]]:
     """
     rows: list[dict[str, Any]] = []
     for slug in paths.chapters():
-        results, row = (
-            None,
-            {"slug": slug, "title": slug, "part": "", "error": "", **vars(stats.Verdict("not_run"))},
-        )
+        row = {"slug": slug, "title": slug, "part": "", "error": "", **vars(stats.Verdict("not_run"))}
         try:
-            paper = claims.load(slug)
+            paper, results = claims.load(slug), None
+            row |= {"title": paper.title, "part": paper.part}
             results = load(slug)
         except claims.ClaimsError as fault:
             rows.append(row | {"error": str(fault)})
             continue
         except RecordError as fault:
             row["error"] = str(fault)
-        row |= {"title": paper.title, "part": paper.part}
         row |= {k: getattr(results, k, None) for k in ("seconds", "device", "recorded", "stale")}
-        for c in paper.claims:
-            about = {k: getattr(c, k) for k in ("id", "kind", "headline", "evidence", "statement")}
-            about |= {"badge": c.caution, "form": c.rule.form, "paper": c.paper.value, "where": c.paper.where}
-            about["amended"] = [f"{a.date}: {a.what} ({a.why})" for a in paper.amendments if a.claim == c.id]
-            rows.append(row | about | (results.claims.get(c.id, {}) if results else {}))
+        rows += [row | found for found in claim_rows(paper, results)]
     for row, kept in zip(rows, stats.holm([row["p"] for row in rows]), strict=True):
         row["survives"] = kept and row["verdict"] == "reproduced"
     return rows
@@ -322,10 +324,4 @@ def scoreboard_summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
         f" If no effect were real, about {chance:.1f} would still look reproduced or weaker by chance and"
         f" as many contradicted. After Holm's correction for all {tested}, {kept} remain reproduced."
     )
-    return {
-        "verdicts": count,
-        "tested": tested,
-        "by_chance": chance,
-        "survive": kept,
-        "text": text,
-    }
+    return dict(verdicts=count, tested=tested, by_chance=chance, survive=kept, text=text)

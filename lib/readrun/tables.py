@@ -43,16 +43,9 @@ def measured(found: Row, form: str = "") -> str:
 
 def verdicts(results: Any) -> Any:
     """Table of the chapter's claims with the verdicts of `results`; what has none is `not_run`."""
-    from readrun import claims
+    from readrun import claims, records
 
-    paper, rows = claims.load(results.slug), []
-    for claim in paper.claims:
-        amended = [a.model_dump(mode="json") for a in paper.amendments if a.claim == claim.id]
-        about = {key: getattr(claim, key) for key in ("id", "headline", "evidence", "statement")}
-        about |= {"badge": claim.caution, "paper": claim.paper.value, "where": claim.paper.where}
-        found = results.claims.get(claim.id) or {"verdict": "not_run"}
-        rows.append({**about, **found, "form": claim.rule.form, "amended": amended})
-    return _claims(rows)
+    return _claims(records.claim_rows(claims.load(results.slug), results))
 
 
 def _claims(rows: Sequence[Row]) -> Any:
@@ -85,15 +78,9 @@ bench = grid  # rows of readrun.bench: what, milliseconds, achieved, limit, peer
 
 def compare_runs(book: Any, here: Any) -> Any:
     """The recorded verdicts (`book` may be None) beside those of another run; one run is shown once."""
-    both = (("book", book), (f"here ({here.profile})", None if here is book else here))
-    runs = {name: run.claims for name, run in both if run}
-    rows: list[dict[str, Any]] = []
-    for claim in dict.fromkeys(key for found in runs.values() for key in found):
-        rows.append({"claim": claim})
-        for name, found in runs.items():
-            one = found.get(claim) or {"verdict": "not_run"}
-            rows[-1] |= {name: one["verdict"].replace("_", " "), f"{name}: measured": measured(one)}
-    return grid(rows)
+    from readrun import records
+
+    return grid(records.compare(book, here))
 
 
 def chapters(rows: Sequence[Row]) -> Any:
