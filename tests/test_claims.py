@@ -162,6 +162,10 @@ BAD = [
     (put(("claims", 1, "id"), "c1-shorter"), "claim id given twice: c1-shorter"),
     (put(("claims", 0, "requires"), ["c9-none"]), "c1-shorter: requires or gates name 'c9-none'"),
     (put(("claims", 1, "rule"), {"form": "reported"}), "requires or gates name 'c1b-as-good'"),
+    (
+        put(("amendments",), [{"date": "2026-01-02", "claim": "c9-x", "what": "a" * 12, "why": "b" * 12}]),
+        "the amendment of 2026-01-02 names 'c9-x'",
+    ),
     (put(("claims", 1, "gates"), ["c1-shorter"]), "requires and gates go in a circle: "),
     (put(("arxiv",), 2503.20783), "arxiv: Input should be a valid string"),
     (

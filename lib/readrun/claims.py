@@ -73,18 +73,16 @@ class Rule(Strict):
         (must, may), given = FORMS[self.form], self.model_fields_set - {"form", "metric", "arms", "over"}
         factor = 1.0 if self.margin is None else self.margin
         side = factor < 1 if self.direction == "higher" else not 0 < factor <= 1
-        _refuse(
-            {
-                f"form {self.form} needs {', '.join(sorted(must - given))}": must - given,
-                f"form {self.form} takes no {', '.join(sorted(given - must - may))}": given - must - may,
-                "margin of a ratio: >= 1 for higher, 0 … 1 for lower": self.form == "ratio" and side,
-                "margin with scale ratio is a factor, as 1.03 for 3 %": self.scale == "ratio" and factor < 1,
-                "margin of an equivalence must be > 0": self.form == "equivalence" and factor == 0,
-                "k is more than there are rules": self.form == "count" and (self.k or 0) > len(self.rules),
-                "a sub-rule is neither a count nor reported": {r.form for r in self.rules}
-                & {"count", "reported"},
-            }
-        )
+        strange = {r.form for r in self.rules} & {"count", "reported"}
+        _refuse({
+            f"form {self.form} needs {', '.join(sorted(must - given))}": must - given,
+            f"form {self.form} takes no {', '.join(sorted(given - must - may))}": given - must - may,
+            "margin of a ratio: >= 1 for higher, 0 … 1 for lower": self.form == "ratio" and side,
+            "margin with scale ratio is a factor, as 1.03 for 3 %": self.scale == "ratio" and factor < 1,
+            "margin of an equivalence must be > 0": self.form == "equivalence" and factor == 0,
+            "k is more than there are rules": self.form == "count" and (self.k or 0) > len(self.rules),
+            "a sub-rule is neither a count nor reported": strange,
+        })  # fmt: skip
         return self
 
     @property
@@ -116,34 +114,25 @@ class Claim(Strict):
     def _consistent(self) -> Claim:
         numbered = self.kind == "sanity" or re.fullmatch(r"c\d+[a-z]?(-[a-z0-9]+)+", self.id)
         empty = self.headline and (self.kind == "sanity" or self.rule.form == "reported")
-        _refuse(
-            {
-                "id must begin with the claim's number, as in c5a-far-ood": not numbered,
-                "what is decided by construction (sanity) or not at all (reported) is no headline": empty,
-                "metric, arms and over stand beside the rule": self.rule.model_fields_set
-                & {"metric", "arms", "over"},
-            }
-        )
+        inside = self.rule.model_fields_set & {"metric", "arms", "over"}
+        _refuse({
+            "id must begin with the claim's number, as in c5a-far-ood": not numbered,
+            "what is decided by construction (sanity) or not at all (reported) is no headline": empty,
+            "metric, arms and over stand beside the rule": inside,
+        })  # fmt: skip
         for rule in self.parts():
-            pair = rule.arms and rule.arms.baseline
-            _refuse(
-                {
-                    f"form {rule.form} needs arms.baseline": (rule.log or rule.form == "not_worse")
-                    and not pair,
-                    f"form {rule.form} has a number and no arms.baseline": rule.form in ("bound", "equal")
-                    and pair,
-                    "form equal is over: exact": rule.form == "equal" and rule.over != "exact",
-                }
-            )
+            alone, form = not (rule.arms and rule.arms.baseline), rule.form
+            _refuse({
+                f"form {form} needs arms.baseline": alone and (rule.log or form == "not_worse"),
+                f"form {form} has a number and no arms.baseline": not alone and form in ("bound", "equal"),
+                "form equal is over: exact": form == "equal" and rule.over != "exact",
+            })  # fmt: skip
         return self
 
     def parts(self) -> list[Rule]:
         """The rule, or the sub-rules of a count, with metric, arms and over filled in."""
-        own = {"metric": self.metric, "arms": self.arms, "over": self.over}
-        return [
-            r.model_copy(update={k: getattr(r, k) or own[k] for k in own})
-            for r in self.rule.rules or [self.rule]
-        ]
+        own, rules = ("metric", "arms", "over"), self.rule.rules or [self.rule]
+        return [r.model_copy(update={k: getattr(r, k) or getattr(self, k) for k in own}) for r in rules]
 
     @property
     def caution(self) -> str:
@@ -166,13 +155,10 @@ class Check(Strict):
     @model_validator(mode="after")
     def _value(self) -> Check:
         wants, text = self.op != "exists", isinstance(self.value, str)
-        _refuse(
-            {
-                f"op {self.op} {'needs a value' if wants else 'takes no value'}": wants
-                == (self.value is None),
-                f"op {self.op} compares numbers": text and self.op not in ("==", "exists"),
-            }
-        )
+        _refuse({
+            f"op {self.op} {'needs a value' if wants else 'takes no value'}": wants == (self.value is None),
+            f"op {self.op} compares numbers": text and self.op not in ("==", "exists"),
+        })  # fmt: skip
         return self
 
 
@@ -195,16 +181,13 @@ class Task(Strict):
     @model_validator(mode="after")
     def _node_or_leaf(self) -> Task:
         both = bool(self.sub_tasks) == bool(self.kind)
-        _refuse(
-            {
-                "a task has either sub_tasks or, as a leaf, a kind (code, execution, result)": both,
-                "tests earn code and execution leaves": bool(self.tests)
-                and self.kind not in ("code", "execution"),
-                "checks earn execution leaves": bool(self.checks) and self.kind != "execution",
-                "a result leaf, and nothing else, names its claims": bool(self.claims)
-                != (self.kind == "result"),
-            }
-        )
+        tested = self.kind in ("code", "execution")
+        _refuse({
+            "a task has either sub_tasks or, as a leaf, a kind (code, execution, result)": both,
+            "tests earn code and execution leaves": self.tests and not tested,
+            "checks earn execution leaves": self.checks and self.kind != "execution",
+            "a result leaf, and nothing else, names its claims": bool(self.claims) != (self.kind == "result"),
+        })  # fmt: skip
         return self
 
     def leaves(self) -> list[Task]:
@@ -236,17 +219,11 @@ class Paper(Strict):
     def _references(self) -> Paper:
         known = Counter(c.id for c in self.claims)
         ruled = {c.id for c in self.claims if c.rule.form != "reported"}
-        lost = {
-            f"{c.id}: requires or gates name {i!r}"
-            for c in self.claims
-            for i in {*c.requires, *c.gates} - ruled
-        }
-        lost |= {
-            f"rubric: {t.requirements!r} names {i!r}"
-            for t in self.rubric.leaves()
-            for i in t.claims
-            if not known[i]
-        }
+        named = [(f"{c.id}: requires or gates name", i) for c in self.claims for i in {*c.requires, *c.gates}]
+        lost = {f"{who} {i!r}" for who, i in named if i not in ruled}
+        named = [(f"rubric: {t.requirements!r} names", i) for t in self.rubric.leaves() for i in t.claims]
+        named += [(f"the amendment of {a.date} names", a.claim) for a in self.amendments]
+        lost |= {f"{who} {i!r}" for who, i in named if i not in known}
         _refuse({f"claim id given twice: {i}": n > 1 for i, n in known.items()})
         _refuse({f"{'; '.join(sorted(lost))}: no claim here with a rule": lost})
         self.ordered()
@@ -263,11 +240,9 @@ class Paper(Strict):
 
     def rules(self) -> dict[str, dict[str, Any]]:
         """{claim id: what decides its verdict}: everything but the wording and the paper's own number."""
-        out = {}
+        out, wording = {}, {"statement", "paper", "badge"}
         for c in self.claims:
-            out[c.id] = c.model_dump(
-                mode="json", exclude={"statement", "paper", "badge"}, exclude_defaults=True
-            )
+            out[c.id] = c.model_dump(mode="json", exclude=wording, exclude_defaults=True)
             out[c.id]["derived"] = sorted(f"{r.metric}: {self.derived.get(str(r.metric))}" for r in c.parts())
         return out
 

@@ -53,14 +53,8 @@ def install(folder: Path) -> dict[str, str]:
     from readrun import paths
 
     # without a history file: two kernels would wait for each other's
-    start = [
-        sys.executable,
-        "-m",
-        "readrun.kernel",
-        "-f",
-        "{connection_file}",
-        "--HistoryManager.hist_file=:memory:",
-    ]
+    start = [sys.executable, "-m", "readrun.kernel", "-f", "{connection_file}"]
+    start += ["--HistoryManager.hist_file=:memory:"]
     spec = {"argv": start, "display_name": "Read & Run", "language": "python"}
     paths.write_atomic(folder / "kernels" / "readrun" / "kernel.json", json.dumps(spec))
     return {"JUPYTER_PATH": str(folder), "IPYTHONDIR": str(folder / "ipython")}

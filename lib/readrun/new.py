@@ -12,10 +12,7 @@ def create(slug: str) -> list[Path]:
     """Write a chapter's notebook script, paper file and tests; ValueError if one of them is there."""
     if not re.fullmatch(r"[a-z][a-z0-9_]*", slug):
         raise ValueError(f"slug: {slug!r}; accepted: lower-case letters, digits and underscores")
-    top = paths.root()
-    if top is None:
-        raise ValueError("new: needs a checkout of the book; set READRUN_ROOT to one")
-    test = top / "tests" / f"test_{slug}.py"
+    test = paths.root() / "tests" / f"test_{slug}.py"
     files = {"chapter.py": paths.notebook(slug), "paper.yml": paths.papers(slug), "test.py": test}
     if there := [str(file) for file in files.values() if file.exists()]:
         raise ValueError(f"slug: {slug!r}; already there: {', '.join(there)}")

@@ -122,9 +122,7 @@ def asset(name: str) -> Path:
         if key not in manifest:
             raise ValueError(f"asset {slug}/{key} is not listed in data/assets/{slug}/MANIFEST.json")
         if file_sha256(file) != manifest[key].get("sha256"):
-            raise ValueError(
-                f"asset {slug}/{key} differs from its checksum in MANIFEST.json: restore the file"
-            )
+            raise ValueError(f"asset {slug}/{key} differs from its checksum in MANIFEST.json: restore it")
     return path
 
 

@@ -136,12 +136,10 @@ def _count(claim: Claim, results: list[Verdict]) -> Verdict:
     word = "reproduced" if held >= k else word
     word = "weaker" if word == "inconclusive" and held + weak >= k else word
     ps = sorted(r.p for r in results if r.p is not None)
-    p = (
-        min(1.0, (n - k + 1) * ps[k - 1]) if len(ps) == n else None
-    )  # that fewer than k hold (partial conjunction)
-    note = "; ".join(
-        f"{rule.metric}: {w.replace('_', ' ')}" for rule, w in zip(claim.parts(), words, strict=True)
-    )
+    # that fewer than k hold (partial conjunction)
+    p = min(1.0, (n - k + 1) * ps[k - 1]) if len(ps) == n else None
+    told = zip(claim.parts(), words, strict=True)
+    note = "; ".join(f"{rule.metric}: {word.replace('_', ' ')}" for rule, word in told)
     return Verdict(word, held, held, possible, n, claim.over, f"{k} of {n} sub-rules", note, p)
 
 
@@ -167,10 +165,7 @@ def paired(rule: Rule, metrics: dict, arrays: dict) -> tuple[Any, Any, Any, str]
     elif len({len(c) for c in columns}) == 2:
         if rule.over != "seed":
             raise ValueError(f"{rule.metric}: {' and '.join(names)} differ in length and cannot be paired")
-        rows, note = (
-            [np.arange(min(map(len, columns)))] * 2,
-            "left out: seeds beyond those of the shorter arm",
-        )
+        rows, note = [np.arange(min(map(len, columns)))] * 2, "left out: seeds beyond the shorter arm's"
     labels = None
     if rule.over.startswith("cluster:"):
         name = rule.over.replace(":", "/")

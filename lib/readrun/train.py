@@ -58,9 +58,8 @@ def progress(items: Iterable, name: str = "") -> Any:
     """A tqdm bar for somebody who watches; nothing where READRUN_HEADLESS is set."""
     from tqdm.auto import tqdm
 
-    return tqdm(
-        items, desc=name, leave=False, mininterval=1, disable=bool(os.environ.get("READRUN_HEADLESS"))
-    )
+    hidden = bool(os.environ.get("READRUN_HEADLESS"))
+    return tqdm(items, desc=name, leave=False, mininterval=1, disable=hidden)
 
 
 def fit(
