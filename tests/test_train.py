@@ -44,6 +44,14 @@ def test_average_follows_behind() -> None:
     assert model.weight.item() < updater.average.weight.item() < 0
 
 
+def test_average_has_the_running_statistics_of_normalisation_layers() -> None:
+    model = torch.nn.Sequential(torch.nn.BatchNorm1d(2), torch.nn.Linear(2, 1))
+    updater = Updater(model, 0.1, ema=0.9)
+    updater(model(torch.randn(8, 2) + 5).sum())
+    assert model[0].running_mean.abs().min() > 0.1
+    assert torch.equal(updater.average[0].running_mean, model[0].running_mean)
+
+
 def test_non_finite_loss_stops_before_any_weight_changes() -> None:
     model = line(1.0)
     before = copy.deepcopy(model.state_dict())

@@ -310,6 +310,12 @@ def test_a_unit_that_reads_the_seeds_of_the_run_depends_on_them(book: Path, use:
     assert keys(book, text, seeds=1)[1] != keys(book, text)[1]
 
 
+def test_parameters_of_a_model_are_not_those_of_the_run(book: Path) -> None:
+    text = NOTEBOOK.replace('"text": template', '"text": str(getattr(Model, "x", Model).parameters)')
+    text = text.replace("    size = 3\n", "    size = 3\n    parameters = ()\n")
+    assert keys(book, text, seeds=1)[1] == keys(book, text)[1]
+
+
 @pytest.mark.parametrize("bad", [object(), {1: 2}, np.zeros(2), {"a": [{2}]}, b"x"])
 def test_unit_wants_plain_arguments(book: Path, bad: Any) -> None:
     space = execute(book)

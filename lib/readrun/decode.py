@@ -88,7 +88,6 @@ class Decoder:
     eos_id: one end-of-sequence token or several; pad_id: written after it
     num_return_sequences: sequences per prompt, neighbours in the batch; a prompt is run once for all
     dtype: compute in it, with weights converted once per call (autocast does so for every token)
-    compile: torch.compile the step first: small models gain a third, but it needs a C compiler and 10 seconds
     Raises ValueError for sizes that do not fit each other or the model.
     """
 
@@ -96,7 +95,7 @@ class Decoder:
     def __init__(
         self, model: torch.nn.Module, batch: int, prompt_len: int, max_new_tokens: int, *,
         eos_id: int | Sequence[int], pad_id: int, num_return_sequences: int = 1,
-        dtype: torch.dtype | None = None, compile: bool = False,
+        dtype: torch.dtype | None = None,
     ) -> None:  # fmt: skip
         config, total = model.config.get_text_config(), prompt_len + max_new_tokens
         limit = getattr(config, "max_position_embeddings", None) or total
@@ -110,7 +109,7 @@ class Decoder:
             raise ValueError(f"a Decoder needs full attention, not {sorted(kinds)} with a window of {window}")
         self.model, self.batch, self.prompt_len, self.pad_id = model, batch, prompt_len, pad_id
         self.max_new_tokens, self.num_return_sequences = max_new_tokens, num_return_sequences
-        self.made_for, self.compile = (model, eos_id, pad_id, num_return_sequences), compile
+        self.made_for = (model, eos_id, pad_id, num_return_sequences)
         weight, self.vocab_size = next(model.parameters()), config.vocab_size
         self.device, self.dtype = weight.device, dtype or weight.dtype
         self.graphs = self.device.type == "cuda"
@@ -205,8 +204,7 @@ class Decoder:
         """Run the model, sample by Gumbel's trick, argmax(logits - log Exp(1)), and write the token."""
         temperature, top_k, top_p = sampler
         arguments = dict(inputs, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
-        function = _compiled() if self.compile and self._state.slot is not None else _logits
-        logits = function(self.model, self._converted, arguments)
+        logits = torch.func.functional_call(self.model, self._converted, (), arguments).logits[:, -1].float()
         if len(logits) < self.batch:  # one row per prompt
             logits = logits.repeat_interleave(self.num_return_sequences, 0)
         if temperature > 0:
@@ -250,7 +248,7 @@ class Decoder:
         if pointers != self._pointers:  # a weight was replaced, not changed in place: the graphs read the old
             self._captured, self._pointers = {}, pointers
         training = [module for module in modules if module.training]
-        norms = [m for m in modules if self.graphs and not self.compile and _is_rms_norm(m)]
+        norms = [m for m in modules if self.graphs and _is_rms_norm(m)]
         self.model.eval()
         for norm in norms:
             norm.forward = lambda x, m=norm: F.rms_norm(x, x.shape[-1:], m.weight, m.variance_epsilon)
@@ -262,17 +260,6 @@ class Decoder:
                 module.training = True
             for norm in norms:
                 del norm.forward
-
-
-def _logits(model: torch.nn.Module, weights: dict[str, Tensor], arguments: dict) -> Tensor:
-    return torch.func.functional_call(model, weights, (), arguments).logits[:, -1].float()
-
-
-@functools.cache
-def _compiled() -> Callable[..., Tensor]:
-    """`_logits` compiled, one function for all models: a second model of the same shape costs nothing."""
-    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-    return torch.compile(_logits, fullgraph=True, dynamic=False)
 
 
 def _is_rms_norm(module: torch.nn.Module) -> bool:

@@ -51,6 +51,8 @@ class Updater:
         if self.average is not None:
             for mean, p in zip(self.average.parameters(), self.model.parameters(), strict=True):
                 mean.lerp_(p.detach(), 1 - min(self.ema, self.count / (self.count + 10)))
+            for copied, own in zip(self.average.buffers(), self.model.buffers(), strict=True):
+                copied.copy_(own)  # running statistics of normalisation layers
         return norm
 
 

@@ -13,6 +13,7 @@ import os
 import platform
 import random
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -117,15 +118,13 @@ def executed(fn: Any, slug: str) -> list[str]:
     """Sources that made `fn`'s globals: cells run in this kernel, a script's cells so far, a whole file."""
     script = content.cells(slug) if paths.notebook(slug).is_file() else []
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
-    if shell is not None and any(fn.__globals__ is n for n in (shell.user_ns, shell.user_global_ns)):
+    if shell is not None and fn.__globals__ is shell.user_global_ns:
         hidden = {cell.source for cell in script if not cell.computes}
         ran = [source.rstrip("\n") for source in shell.history_manager.input_hist_raw[1:]]
         if not ran:  # nbval keeps no history, but what tracebacks quote is there
             home, known = os.path.dirname(fn.__code__.co_filename), dict[str, Any](linecache.cache).items()
             ran = ["".join(e[2]).rstrip("\n") for name, e in known if os.path.dirname(name) == home and e[2:]]
-        return [
-            s for i, s in enumerate(ran) if s not in hidden and s not in ran[i + 1 :]
-        ]  # the last run counts
+        return [s for i, s in enumerate(ran) if s not in hidden and s not in ran[i + 1 :]]  # its last run
     if not (file := Path(fn.__code__.co_filename)).is_file():
         raise TypeError(f"unit: {fn.__name__} has no source file; define it in a notebook or a module")
     if file.resolve() != paths.notebook(slug).resolve():
@@ -138,18 +137,13 @@ def executed(fn: Any, slug: str) -> list[str]:
 
 
 @functools.lru_cache(maxsize=256)
-def follow(
-    start: str, sources: tuple[str, ...], leaves: frozenset[str]
-) -> tuple[dict[str, list[ast.stmt]], set[str], bool]:
+def follow(start: str, sources: tuple[str, ...], leaves: frozenset[str]) -> tuple[dict, set[str], bool]:
     """What `start` reaches: {global name: its statements}, names of the run, whether this is in doubt.
 
     Leaves are parameters: their values count, not their statements.
     """
     code = [statement for source in sources for statement in content.statements(source)]
-    star, declared = (
-        any("*" in s.binds for s in code),
-        {n for s in code for n in s.reads if n[:7] == "global "},
-    )
+    star, declared = any("*" in s.binds for s in code), {n for s in code for n in s.reads}
     found: dict[str, list[ast.stmt]] = {}
     todo, runs, doubt = {start}, set[str](), False
     while todo := todo - found.keys():
@@ -196,7 +190,7 @@ def unit_key(fn: Callable[..., Any], arguments: dict[str, Any], run: Run) -> str
     used |= {k: values[k] for k in seen}
     if {*of_run} - RUN_FREE or sum(isinstance(n, ast.Name) and n.id in runs for n in nodes) > len(of_run):
         used |= values  # it can see all of them, perhaps because the run itself is handed on
-    if any(n.attr in ("seeds", "parameters") for n in attributes):  # also of settings
+    if "parameters" in of_run or any(n.attr == "seeds" for n in attributes):  # also of settings
         used |= {"all seeds": [run.parameters["seed"], run.parameters["seeds"]]}
     code = {
         n: [content.canonical(t, run.profile) for t in reached] for n, reached in found.items() if reached
@@ -358,17 +352,11 @@ def measured(meta: dict[str, Any], device: str) -> Iterator[None]:
     for gpu in gpus:
         cuda.synchronize(gpu)
     meta["seconds"] = round(time.perf_counter() - start, 3)
-    meta["peak_ram_gib"] = round(peak_ram() / 2**30, 3)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS, of the process's whole life
+    if (status := Path("/proc/self/status")).exists():
+        peak = 1024 * int(status.read_text().split("VmHWM:")[1].split()[0])
+    meta["peak_ram_gib"] = round(peak / 2**30, 3)
     meta["peak_gpu_gib"] = round(sum(map(cuda.max_memory_allocated, gpus)) / 2**30, 3) if cuda else None
-
-
-def peak_ram() -> int:
-    """Peak resident bytes of this process; on Linux since `measured` began."""
-    with contextlib.suppress(OSError, IndexError):
-        return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def provenance(device: str) -> dict[str, Any]:
@@ -381,7 +369,8 @@ def provenance(device: str) -> dict[str, Any]:
         where = sys.modules["torch"].cuda.get_device_name()
     elif (cpus := Path("/proc/cpuinfo")).exists() and "model name" in (text := cpus.read_text()):
         where = text.split("model name")[1].split("\n")[0].strip("\t :")
-    return {"device": where, "versions": versions, "commit": commit(), "recorded": now()}
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    return {"device": where, "versions": versions, "commit": commit(), "recorded": now}
 
 
 @functools.lru_cache(maxsize=1)
@@ -393,8 +382,3 @@ def commit() -> str | None:
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         return subprocess.run(call, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     return None
-
-
-def now() -> str:
-    """UTC time in ISO format, to the second."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
