@@ -13,6 +13,7 @@ tests/test_sandbox.py tries; it is no defence against exploits of the kernel.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
 import math
 import os
@@ -20,7 +21,7 @@ import platform
 import signal
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -121,7 +122,7 @@ class SandboxUnavailable(RuntimeError):
     """This machine cannot isolate file system and network; the message says which layer is missing."""
 
 
-BACKENDS = ("bwrap", "namespaces")  # tried in this order
+BACKENDS: tuple[str, ...] = ("bwrap", "namespaces")  # tried in this order
 MIB = 2**20
 LAYERS = ("file system", "network", "pid", "ipc", "user", "seccomp", "landlock", "rlimits")
 
@@ -191,6 +192,17 @@ def report() -> dict[str, Any]:
         return found | {"reason": str(error)}
     seccomp, largest = _judge(seen, policy, limits)[2] or (0, -1)
     return found | box.layers | {"isolation": box.backend, "seccomp": seccomp == 2, "rlimits": largest == 0}
+
+
+@contextlib.contextmanager
+def only(backend: str) -> Iterator[None]:
+    """Within it, jobs run on this backend ("bwrap", "namespaces") or not at all; for tests, not threads."""
+    global BACKENDS
+    before, BACKENDS = BACKENDS, (backend,)
+    try:
+        yield
+    finally:
+        BACKENDS = before
 
 
 def close() -> None:

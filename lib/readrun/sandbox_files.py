@@ -64,7 +64,7 @@ def _copy(
 ) -> None:
     seen: dict[str, str] = {}
     for entry in sorted(os.listdir(here)):
-        path = printable(os.fsencode(prefix + entry))
+        path = printable(os.fsencode(prefix + entry)).replace("\n", "\\n").replace("\t", "\\t")
         why = ""
         if path != prefix + entry:
             why = "odd name"
