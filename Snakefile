@@ -40,6 +40,6 @@ rule execute:
         gpu=lambda wildcards: int(wildcards.profile == "gpu"),
     shell:
         # exec: with a shell in between the job would not notice that Snakemake was killed
-        "export PYTHONPATH={LIB:q}${{PYTHONPATH:+:$PYTHONPATH}} READRUN_ROOT={ROOT:q} READRUN_BUILD={BUILD:q}; "
+        "export PYTHONPATH={LIB:q}${{PYTHONPATH:+:$PYTHONPATH}} READRUN_ROOT={ROOT:q}; "
         "exec {sys.executable:q} -m readrun --with-parent execute {wildcards.slug:q} --profile {wildcards.profile:q} "
         "{params.seeds} --folder {params.folder:q} --expect {wildcards.run:q}"

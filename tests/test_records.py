@@ -85,7 +85,6 @@ META = {
 def book(tmp_path, monkeypatch):
     """A book with one tiny chapter."""
     monkeypatch.setenv("READRUN_ROOT", str(tmp_path))
-    monkeypatch.delenv("READRUN_BUILD", raising=False)
     add(tmp_path, "tiny")
     yield tmp_path
     for name in [n for n in sys.modules if n.startswith("readrun.chapters.")]:

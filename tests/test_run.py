@@ -24,7 +24,7 @@ SIZES: dict[str, Any] = {
 @pytest.fixture(autouse=True)
 def book(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("READRUN_ROOT", str(tmp_path))
-    for name in ("READRUN_PROFILE", "READRUN_DEVICE", "READRUN_UNITS"):
+    for name in ("READRUN_PROFILE", "READRUN_DEVICE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)
     return tmp_path

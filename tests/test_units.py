@@ -96,7 +96,7 @@ def base(n):
 @pytest.fixture
 def book(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("READRUN_ROOT", str(tmp_path))
-    for name in ("READRUN_PROFILE", "READRUN_UNITS", "READRUN_COMMIT"):
+    for name in ("READRUN_PROFILE", "READRUN_COMMIT"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("READRUN_DEVICE", "cpu")
     (tmp_path / "notebooks").mkdir()
@@ -641,16 +641,6 @@ def test_a_folder_elsewhere_gets_every_unit(start: Any, book: Path) -> None:
     inside.unit(work, name="c")
     assert not (inside.folder / "units").exists(), "a run folder of the machine shares the chapter's units"
     assert (inside.folder / "units.log").read_text().split()[1] == "work/name=c"
-
-
-def test_units_of_other_folders_are_taken(start: Any, book: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    unit = start(out=str(book / "host")).unit(work, name="a")
-    noise = unit["noise"]
-    subprocess.run(["rm", "-rf", str(book / "build")], check=True)
-    monkeypatch.setenv("READRUN_UNITS", f"{book / 'nowhere'}{os.pathsep}{book / 'host'}")
-    taken = start(only="none").unit(work, name="a")
-    assert taken.done and taken["noise"] == noise and calls == ["a"]
-    assert taken.folder.parent == book / "host/units"
 
 
 def damage(folder: Path, how: str) -> None:

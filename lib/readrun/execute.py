@@ -129,7 +129,7 @@ def execute(
 ) -> dict[str, Any]:  # fmt: skip
     """Execute chapter `slug` in `folder` and return its status, which is also in `folder/status.json`.
 
-    `limit`: seconds, by default $READRUN_LIMIT or those of the profile. `parameters`: more notebook
+    `limit`: seconds, by default those of the profile. `parameters`: more notebook
     parameters. `expect`: the folder name that today's sources should give; where an edit since has changed
     it nothing is executed, because outputs of the new sources do not belong under the old key. The executed
     notebook, whole or partial, is `executed.ipynb`; what cells printed is in `log.txt`.
@@ -142,7 +142,7 @@ def execute(
     for old in (status_file, executed, folder / "results.json"):  # of an earlier attempt
         old.unlink(missing_ok=True)
     shutil.rmtree(folder / "media", ignore_errors=True)
-    limit = limit or float(os.environ.get("READRUN_LIMIT") or LIMITS[profile])
+    limit = limit or LIMITS[profile]
     started, clock, watch = datetime.now(UTC).isoformat(timespec="seconds"), time.monotonic(), Watch(limit)
     device = "auto" if profile == "gpu" and only != "none" else "cpu"
     given = dict(profile=profile, seed=seed, seeds=seeds, device=device, only=only, out=str(folder))

@@ -128,8 +128,7 @@ def _notes(slug: str, status: Mapping[str, Any] | None, missing: int) -> list[st
     elif missing:
         since = f"have changed since this chapter was {'executed' if status else 'recorded'}, or never were"
         notes.append(f":::{{warning}}\n{missing} code cells {since}; they show no output.\n:::")
-    record = None if record_problem(slug) else records.load(slug)
-    if record is not None and record.stale:
+    if not record_problem(slug) and (record := records.load(slug)) and record.stale:
         said = "The recorded GPU results are **stale**: other code than this made them."
         notes.append(f":::{{warning}}\n{said}\n:::")
     return notes

@@ -54,9 +54,7 @@ class Run:
         self.media = self.folder / "media"
         self.media.mkdir(parents=True, exist_ok=True)
         # a folder elsewhere (of a GPU host, say) gets a copy of every unit
-        self._own = [own / "units"] + ([] if own in self.folder.parents else [self.folder / "units"])
-        extra = [Path(p) for p in os.environ.get("READRUN_UNITS", "").split(os.pathsep) if p]
-        self._stores = [*self._own, *extra, *(path / "units" for path in extra)]
+        self._stores = [own / "units"] + ([] if own in self.folder.parents else [self.folder / "units"])
         self.units: list[Unit] = []
         self._seeds: int = parameters["seeds"]
         self._started, self._computing = time.perf_counter(), 0.0
@@ -99,7 +97,7 @@ class Run:
         if (found := units.find(self._stores, unit.name, unit.key)) is None:
             return False
         folder, unit.meta = found
-        for store in [store for store in self._own[1:] if not (store / unit.name).exists()]:
+        for store in [store for store in self._stores[1:] if not (store / unit.name).exists()]:
             units.publish(store, unit.name, unit.key, lambda to: shutil.copytree(folder, to))
         unit.folder = folder
         return True
@@ -135,9 +133,9 @@ class Run:
             meta["files"] = {file.name: paths.file_sha256(file) for file in sorted(folder.iterdir())}
             (folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
 
-        units.publish(self._own[0], unit.name, unit.key, fill)
+        units.publish(self._stores[0], unit.name, unit.key, fill)
         if not self._load(unit):  # a fresh result is read back like a saved one, so that they never differ
-            raise OSError(f"unit {unit.id} was saved in {self._own[0]} but cannot be read back")
+            raise OSError(f"unit {unit.id} was saved in {self._stores[0]} but cannot be read back")
         self._computing += time.perf_counter() - began
         with suppress(OSError), open(self.folder / "units.log", "a", encoding="utf-8") as log:
             log.write(f"{meta['recorded']} {unit.id} {meta['seconds']:.1f} s\n")

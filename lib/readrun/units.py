@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import builtins
 import contextlib
 import functools
 import inspect
@@ -143,9 +142,9 @@ def follow(start: str, sources: tuple[str, ...], leaves: frozenset[str]) -> tupl
     Leaves are parameters: their values count, not their statements.
     """
     code = [statement for source in sources for statement in content.statements(source)]
-    star, declared = any("*" in s.binds for s in code), {n for s in code for n in s.reads}
-    found: dict[str, list[ast.stmt]] = {}
-    todo, runs, doubt = {start}, set[str](), False
+    # a notebook with `import *` or `global` hides who binds what: doubtful as a whole
+    doubt = any("*" in s.binds or any(name.startswith("global ") for name in s.reads) for s in code)
+    found, todo, runs = dict[str, list[ast.stmt]](), {start}, set[str]()
     while todo := todo - found.keys():
         name = todo.pop()
         last = max((i for i, s in enumerate(code) if name in s.binds), default=-1)
@@ -158,8 +157,7 @@ def follow(start: str, sources: tuple[str, ...], leaves: frozenset[str]) -> tupl
         reached += [s for s in code[last + 1 :] if name in s.changes or (name in s.touches and not solid)]
         found[name] = [content.binding_of(s.node, name) for s in reached]
         todo |= {n for s in reached for n in s.reads}
-        doubt |= name in DOUBTFUL or name.startswith("global ") or f"global {name}" in declared
-        doubt |= not reached and (name == start or star and not hasattr(builtins, name))
+        doubt |= name in DOUBTFUL or name == start and not reached
     return found, runs, doubt
 
 
