@@ -230,7 +230,17 @@ def test_key_follows_readrun_modules_and_assets(book: Path, monkeypatch: pytest.
     computed = text.replace("'toy/a/x.txt'", "'toy/' + 'a/x.txt'")
     second = keys(book, computed)
     (book / "data/assets/toy/b.txt").write_text("3")
-    assert keys(book, computed)[0] != second[0], "a computed name: all assets of the chapter count"
+    third = keys(book, computed)
+    assert third[0] != second[0], "a computed name: all assets of the chapter count"
+    (book / "data/assets/shared").mkdir()
+    (book / "data/assets/shared/words.txt").write_text("4")
+    assert keys(book, computed)[0] != third[0], "and the shared ones"
+    whole = text.replace("'toy/a/x.txt'", "'shared'")
+    paths.write_manifest("shared", "s", "l", "h")
+    fourth = keys(book, whole)
+    (book / "data/assets/shared/words.txt").write_text("5")
+    paths.write_manifest("shared", "s", "l", "h")
+    assert keys(book, whole)[0] != fourth[0], "a whole folder"
 
 
 def test_key_follows_readrun_modules(book: Path, monkeypatch: pytest.MonkeyPatch) -> None:

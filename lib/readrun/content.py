@@ -277,14 +277,16 @@ def _asset_names(tree: ast.AST) -> frozenset[str]:
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             names |= {node.value} if re.fullmatch(r"\w+(/[\w-][\w.-]*)+", node.value[:200]) else set()
         elif isinstance(node, ast.Call) and call_name(node) in ("asset", "assets"):
-            names |= set() if node.args and isinstance(node.args[0], ast.Constant) else {""}
+            first = node.args[0] if node.args else None
+            names.add(str(first.value) if isinstance(first, ast.Constant) else "")
     return frozenset(names)
 
 
 def assets_reached(trees: Iterable[ast.AST], modules: Iterable[str], slug: str) -> dict[str, str]:
-    """Digest of each asset that `trees` or `modules` name; of all the chapter's if a name is computed."""
-    named = {n or slug for tree in [*trees, *(module(m)[0] for m in modules)] for n in _asset_names(tree)}
-    return {name: assets_digest(name) for name in sorted(named) if paths.assets(name).exists()}
+    """Digest of each asset that `trees` or `modules` name; if a name is computed, of all that it may mean."""
+    named = {name for tree in [*trees, *(module(m)[0] for m in modules)] for name in _asset_names(tree)}
+    named |= {slug, "shared"} if "" in named else set()
+    return {name: assets_digest(name) for name in sorted(named - {""}) if paths.assets(name).exists()}
 
 
 def assets_digest(name: str) -> str:

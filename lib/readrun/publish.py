@@ -23,6 +23,7 @@ from readrun import content, kernel, paths
 from readrun.execute import read_status, run_folder
 
 Notebook = Mapping[str, Any]  # as in the file: nbformat 4, a cell's source as text or as lines
+Status = Mapping[str, Any]  # of one execution, as in its status.json
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
@@ -114,7 +115,7 @@ def record_problem(slug: str) -> str:
     return ""
 
 
-def _notes(slug: str, status: Mapping[str, Any] | None, missing: int) -> list[str]:
+def _notes(slug: str, status: Status | None, missing: int) -> list[str]:
     """What a reader must know before reading the page: it failed, parts were not run, its record is old."""
     from readrun import records
 
@@ -134,7 +135,7 @@ def _notes(slug: str, status: Mapping[str, Any] | None, missing: int) -> list[st
     return notes
 
 
-def page(slug: str, folder: Path, status: Mapping[str, Any] | None, recorded: bool, stage: Path) -> None:
+def page(slug: str, folder: Path, status: Status | None, recorded: bool, stage: Path) -> None:
     """Write `chapters/<slug>.ipynb` and its media below `stage`, with the outputs of the run in `folder`.
 
     `recorded`: with the committed outputs instead.
@@ -178,9 +179,7 @@ def toc(text: str, slugs: Iterable[str]) -> str:
     return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
 
 
-def stage_book(
-    statuses: Mapping[str, Mapping[str, Any]], folders: Mapping[str, Path], recorded: bool
-) -> Path:
+def stage_book(statuses: Mapping[str, Status], folders: Mapping[str, Path], recorded: bool) -> Path:
     """Stage all sources of the book in `build/book` and return that folder.
 
     `statuses`: {slug: status of this run}, `folders`: {slug: where today's run belongs}. A chapter without a
@@ -193,19 +192,19 @@ def stage_book(
     shutil.copy(top / "_config.yml", fresh / "_config.yml")
     contents = fresh / "_toc.yml"
     contents.write_text(toc(contents.read_text(encoding="utf-8"), folders), encoding="utf-8")
-    shown: dict[str, Mapping[str, Any]] = {}
+    shown: list[Status] = []
     for slug, folder in folders.items():
         status = statuses.get(slug) or (None if recorded else read_status(folder))
-        shown |= {slug: status} if status else {}
+        shown += [status] if status else []
         page(slug, folder, status, recorded or not status, fresh)
     for file in fresh.glob("*.md"):
-        file.write_text(_fill(file.read_text(encoding="utf-8"), list(shown.values())), encoding="utf-8")
+        file.write_text(_fill(file.read_text(encoding="utf-8"), shown), encoding="utf-8")
     sync(fresh, book)
     shutil.rmtree(fresh)
     return book
 
 
-def _fill(text: str, statuses: list[Mapping[str, Any]]) -> str:
+def _fill(text: str, statuses: list[Status]) -> str:
     """Replace the marks of a page by tables computed now."""
     from readrun import records, tables
 

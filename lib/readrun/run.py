@@ -109,7 +109,8 @@ class Run:
         meta: dict[str, Any] = {"schema": 1, "id": unit.id, "key": unit.key, "fn": unit.fn}
         meta["arguments"] = units.plain(unit.arguments, unit.id)
         own = {k: v for k, v in meta["arguments"].items() if not units.units_in(unit.arguments[k])}
-        result, loaded = None, None
+        result: Any = None
+        loaded = None
         while loaded != ("torch" in sys.modules):  # again if `fn` imported torch: that escaped the seed
             loaded = "torch" in sys.modules
             self.torch_setup()
@@ -120,9 +121,8 @@ class Run:
             except Exception as error:
                 error.add_note(f"in unit {unit.id}")
                 raise
-        if not isinstance(result, Mapping) or not all(
-            isinstance(k, str) and k.isidentifier() for k in result
-        ):
+        named = isinstance(result, Mapping) and all(isinstance(k, str) and k.isidentifier() for k in result)
+        if not named:
             what = f"{unit.fn} must return a dict whose keys are identifiers, not {result!r:.80}"
             raise TypeError(f"unit {unit.id}: {what}")
         meta |= units.provenance(self.device)
@@ -221,9 +221,8 @@ def _checkpoint(value: str) -> str:
         return value and str(path.resolve())
     if re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", value) and not Path(value.partition("/")[0] + "/").is_dir():
         return value
-    raise ValueError(
-        f"checkpoint: {value!r} does not exist; accepted: a folder, a hub id (org/name), or empty"
-    )
+    accepted = "a folder, a hub id (org/name), or empty"
+    raise ValueError(f"checkpoint: {value!r} does not exist; accepted: {accepted}")
 
 
 def _device(device: str, profile: str, only: str) -> str:
@@ -239,8 +238,6 @@ def _device(device: str, profile: str, only: str) -> str:
             cuda = torch.cuda.is_available()
     if not cuda and (device == "cuda" or device == "auto" and profile == "gpu" and only != "none"):
         asked = f"device: {device!r}" if device == "cuda" else "profile: 'gpu' with device 'auto'"
-        raise ValueError(
-            f"{asked} needs a CUDA GPU and there is none; accepted: device='cpu' (or READRUN_DEVICE=cpu),"
-            " profile='smoke' or 'cpu', or only='none' to draw from saved units"
-        )
+        accepted = "device='cpu' (or READRUN_DEVICE=cpu), profile='smoke' or 'cpu', or only='none' to draw"
+        raise ValueError(f"{asked} needs a CUDA GPU and there is none; accepted: {accepted} from saved units")
     return "cuda" if cuda else "cpu"

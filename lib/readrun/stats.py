@@ -62,10 +62,8 @@ def verdict(claim: Claim, metrics: dict, others: dict[str, Verdict], arrays: dic
     own = _count(claim, results) if claim.rule.form == "count" else results[0]
     if own.verdict == "not_run":
         return own
-    missed, failed = (
-        [f"{i} is {others[i].verdict.replace('_', ' ')}" for i in ids if others[i].verdict != "reproduced"]
-        for ids in (claim.requires, claim.gates)
-    )
+    bad = {i: f"{i} is {v.verdict.replace('_', ' ')}" for i, v in others.items() if v.verdict != "reproduced"}
+    missed, failed = ([bad[i] for i in ids if i in bad] for ids in (claim.requires, claim.gates))
     word = "void" if failed else "weaker" if missed and own.verdict == "reproduced" else own.verdict
     notes = [own.note, *(f"not met: {m}" for m in missed), *(f"gate failed: {f}" for f in failed)]
     p = None  # of void: it tests nothing; with guards: that of the weakest part of the conjunction

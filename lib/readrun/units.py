@@ -190,9 +190,7 @@ def unit_key(fn: Callable[..., Any], arguments: dict[str, Any], run: Run) -> str
         used |= values  # it can see all of them, perhaps because the run itself is handed on
     if "parameters" in of_run or any(n.attr == "seeds" for n in attributes):  # also of settings
         used |= {"all seeds": [run.parameters["seed"], run.parameters["seeds"]]}
-    code = {
-        n: [content.canonical(t, run.profile) for t in reached] for n, reached in found.items() if reached
-    }
+    code = {n: [content.canonical(t, run.profile) for t in own] for n, own in found.items() if own}
     modules = content.modules_reached(trees)
     assets = content.assets_reached([*trees, ast.parse(repr(call))], modules, run.slug)
     whole: list[str] = []
