@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 from readrun import paths
@@ -15,12 +14,13 @@ OVERVIEW = ("reproduced", "weaker", "contradicted", "inconclusive", "void", "not
 
 
 def html(template: str, **context: Any) -> Any:
-    """Fill `template/<template>.html`; values are escaped."""
+    """Fill `template/<template>.html`; values are escaped; `number`, `measured` can be called."""
     from IPython.display import HTML
     from jinja2 import Environment, FileSystemLoader
 
-    folder = FileSystemLoader(Path(__file__).parent / "template")
-    return HTML(Environment(loader=folder, autoescape=True).get_template(f"{template}.html").render(context))
+    filler = Environment(loader=FileSystemLoader(paths.library() / "template"), autoescape=True)
+    context |= {"number": number, "measured": measured}
+    return HTML(filler.get_template(f"{template}.html").render(context))
 
 
 def number(value: Any) -> str:
@@ -49,11 +49,7 @@ def verdicts(results: Any) -> Any:
 
 
 def _claims(rows: Sequence[Row]) -> Any:
-    def told(row: Row) -> Row:
-        paper = "–" if row.get("paper") is None else f"{number(row['paper'])} ({row['where']})"
-        return {**row, "measured": measured(row, row.get("form", "")), "paper": paper.replace(" (None)", "")}
-
-    return html("verdicts", rows=[told(row) for row in rows])
+    return html("verdicts", rows=rows)
 
 
 def provenance(results: Any) -> Any:
@@ -70,7 +66,7 @@ def provenance(results: Any) -> Any:
 def grid(rows: Sequence[Row], caption: str = "") -> Any:
     """Any small table: one mapping per row, the first column names the row."""
     keys = list(dict.fromkeys(key for row in rows for key in row))
-    return html("grid", keys=keys, caption=caption, rows=[{k: number(r.get(k)) for k in keys} for r in rows])
+    return html("grid", keys=keys, caption=caption, rows=[{k: row.get(k) for k in keys} for row in rows])
 
 
 bench = grid  # rows of readrun.bench: what, milliseconds, achieved, limit, peer, ratio
