@@ -36,6 +36,7 @@ from transformers import (
     AutoTokenizer,
     CLIPImageProcessor,
     CLIPVisionConfig,
+    GPT2Config,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -213,10 +214,13 @@ def test_a_stop_string_cuts_text_and_tokens_wherever_the_tokens_split_it(local):
         assert reply.logprobs == pytest.approx(free.logprobs[: len(reply.tokens)], abs=1e-4)
 
 
-@pytest.mark.parametrize("kind", [LlamaConfig, Qwen2Config])
-def test_loglik_is_the_sum_over_the_tokens_of_an_unpadded_row(kind):
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [(LlamaConfig, {}), (Qwen2Config, {}), (MistralConfig, dict(sliding_window=8)), (GPT2Config, {})],
+)
+def test_loglik_is_the_sum_over_the_tokens_of_an_unpadded_row(kind, more):
     tokenizer = make_tokenizer()
-    llm = TransformersLLM(make_model(kind, tokenizer), tokenizer, batch_size=3)
+    llm = TransformersLLM(make_model(kind, tokenizer, **more), tokenizer, batch_size=3)
     options = [["correct", "incorrect", " a fish", "é"], ["x"], [" the answer is correct", "correct"]]
     prompts = [
         "is it ?",

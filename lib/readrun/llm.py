@@ -23,13 +23,12 @@ Schema = TypeVar("Schema", bound=BaseModel)
 
 
 def __getattr__(name: str) -> Any:  # what needs torch or openai is imported when it is asked for
-    for module, names in (
-        ("transformers", {"TransformersLLM", "plain", "raw"}),
-        ("http", {"OpenAILLM", "Cassette"}),
-    ):
-        if name in names:
-            return getattr(importlib.import_module(f"readrun.llm_{module}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    home = {"OpenAILLM": "http", "Cassette": "http"} | dict.fromkeys(
+        ("TransformersLLM", "plain", "raw"), "transformers"
+    )
+    if name not in home:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"readrun.llm_{home[name]}"), name)
 
 
 def from_spec(spec: str, *, device: str = "cpu", **options: Any) -> LLM:
@@ -156,13 +155,10 @@ class LLM:
         in place of the list; otherwise the first such error is raised after all others were answered.
         """
         stop = [stop] if isinstance(stop, str) else list(stop)
-        for name, value, least in (
-            ("n", n, 1),
-            ("max_tokens", max_tokens, 1),
-            ("temperature", temperature, 0),
-        ):
-            if not value >= least:
-                raise ValueError(f"{name}: {value!r}; accepted: {least} or more")
+        for name, value in dict(n=n - 1, max_tokens=max_tokens - 1, temperature=temperature).items():
+            if not value >= 0:
+                least = int(name != "temperature")
+                raise ValueError(f"{name}: {value + least!r}; accepted: {least} or more")
         if not all(isinstance(text, str) and text for text in stop):
             raise ValueError(f"stop: {stop!r}; accepted: texts that are not empty")
         pictures = [()] * len(conversations) if images is None else images
@@ -220,9 +216,7 @@ def _picture(image: Any) -> Any:
     try:
         return (image if isinstance(image, Image.Image) else Image.open(image)).convert("RGB")
     except (OSError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"images: {image!r:.200} is no PIL image and no picture file ({error!r:.200})"
-        ) from None
+        raise ValueError(f"images: {image!r:.200} is no PIL image, no picture file: {error!r:.200}") from None
 
 
 class ScriptedLLM(LLM):
@@ -339,17 +333,15 @@ def _objects(text: str) -> Iterator[dict[str, Any]]:
 
 
 def _fields(text: str, schema: type[BaseModel]) -> dict[str, str]:
-    names = {(field.alias or name): name for name, field in schema.model_fields.items()}
-    label = "|".join(re.escape(name).replace("_", "[ _]") for name in names)
+    names = {
+        (field.alias or name).replace("_", " ").lower(): name for name, field in schema.model_fields.items()
+    }
+    label = "|".join(map(re.escape, names)).replace("\\ ", "[ _]")
     parts = re.split(rf"(?im)^[ \t>*_#-]*({label})[ *_]*:[ *]*", text)
     values: dict[str, str] = {}
-    for name, value in zip(parts[1::2], parts[2::2], strict=True):
-        name = next(
-            known
-            for known in names
-            if known.lower() == name.lower().replace(" ", "_") or known.lower() == name.lower()
-        )
-        if values.setdefault(name, value.strip()) != value.strip():
+    for label, value in zip(parts[1::2], parts[2::2], strict=True):
+        field = schema.model_fields[name := names[label.replace("_", " ").lower()]]
+        if values.setdefault(field.alias or name, value.strip()) != value.strip():
             raise ValueError(f"{name} is given twice, and differently")
     if not values:
         raise ValueError("neither a JSON object nor lines that name these fields")

@@ -45,18 +45,16 @@ class OpenAILLM(LLM):
             raise ValueError("a model behind an API needs the package openai: pip install openai") from None
         address = urlsplit(base_url)
         if address.scheme not in ("http", "https") or not address.hostname or "@" in address.netloc:
-            raise ValueError(
-                f"base_url: accepted: http(s)://host/v1 without user name, not {base_url!r:.100}"
-            )
+            raise ValueError(f"base_url: {base_url!r:.100}; accepted: http(s)://host/v1 without user name")
         self._key = os.environ.get(key_variable, "")
         if not self._key and address.hostname not in ("localhost", "127.0.0.1", "::1"):
             raise ValueError(
-                f"{key_variable}: {base_url} needs a key in this environment variable; it is not set"
+                f"{key_variable}: this environment variable with the key of {base_url} is not set"
             )
         self.name, self._model, self._url, self._errors = model, model, base_url, openai.OpenAIError
         self._tried = f"{max_retries + 1} attempts with {timeout:g} s each"
         self._settings: dict[str, Any] = (
-            {"logprobs": True, "top_logprobs": top_logprobs} if top_logprobs else {}
+            dict(logprobs=True, top_logprobs=top_logprobs) if top_logprobs else {}
         )
         self._extra, self._threads, self._seed, self._asked = dict(extra or {}), threads, seed, 0
         self._client = openai.OpenAI(
@@ -143,8 +141,8 @@ def _image_part(image: Any) -> dict[str, Any]:
 class Cassette(LLM):
     """Requests and replies in a JSON file, replayed exactly: the model is not asked again.
 
-    llm: a backend that answers requests which are not in the file; its replies are added at once. Without it
-    such a request raises LLMError. A request made k times has k replies, replayed in their order.
+    llm: a backend that answers requests which are not in the file; after each call its replies are added.
+    Without it such a request raises LLMError. A request made k times has k replies, replayed in order.
     Raises ValueError for a file that is none of these.
     """
 
@@ -184,9 +182,8 @@ class Cassette(LLM):
 
         pairs = list(zip(prompts, continuations, strict=True))
         answers = self._played_or(ask, pairs, lambda pair: {"prompt": pair[0], "continuations": pair[1]})
-        for answer in answers:
-            if isinstance(answer, LLMError):
-                raise answer
+        if errors := [answer for answer in answers if isinstance(answer, LLMError)]:
+            raise errors[0]
         return answers
 
     def _played_or(self, ask: Callable, requests: list[Any], plain: Callable[[Any], dict]) -> list[Any]:
@@ -207,14 +204,9 @@ class Cassette(LLM):
                 answers[at] = answer
                 if not isinstance(answer, LLMError):
                     self._tracks.setdefault(keys[at], []).append(answer)
-            entries = [
-                {
-                    "request": json.loads(key),
-                    "answers": [[asdict(x) if isinstance(x, Reply) else x for x in a] for a in some],
-                }
-                for key, some in self._tracks.items()
-            ]
-            paths.write_atomic(self._path, json.dumps(entries, ensure_ascii=False, indent=1) + "\n")
+            entries = [{"request": json.loads(key), "answers": some} for key, some in self._tracks.items()]
+            text = json.dumps(entries, ensure_ascii=False, indent=1, default=asdict)
+            paths.write_atomic(self._path, text + "\n")
         return [answers[at] for at in range(len(keys))]
 
 
