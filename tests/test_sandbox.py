@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import signal
@@ -16,7 +17,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from readrun import sandbox, sandbox_box, sandbox_inside
+import readrun
+from readrun import sandbox, sandbox_box, sandbox_inside, tables
 from readrun.sandbox import Limits, Policy, SandboxUnavailable, run
 from readrun.sandbox_attacks import ATTACKS, attempt, control
 from readrun.sandbox_files import copy_files, printable
@@ -82,6 +84,22 @@ def test_at_least_one_backend_works_here():
     assert "" in WHY_NOT.values(), WHY_NOT
 
 
+@pytest.mark.parametrize(
+    "backend, command",
+    [
+        ("bwrap", "bwrap --unshare-all --ro-bind / / true"),
+        ("namespaces", "unshare --user --map-root-user --mount --pid --fork --net --ipc true"),
+    ],
+)
+def test_no_backend_is_skipped_where_the_machine_can(backend, command):
+    if (
+        not shutil.which(command.split()[0])
+        or subprocess.run(command.split(), capture_output=True).returncode
+    ):
+        pytest.skip(f"{command} does not work here")
+    assert WHY_NOT[backend] == ""
+
+
 def test_layers_are_those_found_from_outside(backend):
     report = sandbox.report()
     assert report["isolation"] == backend and report["reason"] == ""
@@ -114,6 +132,16 @@ def test_the_jobs_environment_is_what_the_policy_says(backend, monkeypatch):
     assert names <= set(
         "NONCE PATH HOME TMPDIR LANG PYTHONPATH PYTHONDONTWRITEBYTECODE OMP_NUM_THREADS".split()
     ) | set("OPENBLAS_NUM_THREADS MKL_NUM_THREADS".split())
+
+
+def test_the_table_of_the_book_is_about_these_attacks():
+    found = json.loads(readrun.asset("shared/sandbox.json").read_text(encoding="utf-8"))
+    assert [row["attack"] for row in found["attacks"]] == [attack.name for attack in ATTACKS]
+    for row in found["attacks"]:
+        assert row["outside"] == "harm" and set(row) == {"attack", "kind", "outside", *BACKENDS}
+        assert all(row[backend].startswith("contained: ") for backend in BACKENDS), row
+    page = str(tables.sandbox())
+    assert all(attack.name in page for attack in ATTACKS[:3]) and "median (ms)" in page
 
 
 # ---- snippets

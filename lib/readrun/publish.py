@@ -208,9 +208,12 @@ def _fill(text: str, statuses: list[Status]) -> str:
     """Replace the marks of a page by tables computed now."""
     from readrun import records, tables
 
-    for mark in ("chapters", "scoreboard", "statuses"):
+    for mark in ("chapters", "scoreboard", "statuses", "sandbox"):
         if (line := f"<!-- readrun:{mark} -->") in text:
-            table = getattr(tables, mark)(statuses if mark == "statuses" else records.scoreboard_rows())
+            if mark == "sandbox":
+                table = tables.sandbox()
+            else:
+                table = getattr(tables, mark)(statuses if mark == "statuses" else records.scoreboard_rows())
             text = text.replace(line, str(getattr(table, "data", table)))
     return text.replace("readrun-media:", "_static/media/")
 

@@ -1,6 +1,6 @@
 """Attacks on `readrun.sandbox`, each with its control: the same code does its harm when run outside.
 
-    python -m readrun.sandbox_attacks FILE.json     # run all of them on every backend here, write the table
+    python -m readrun.sandbox_attacks   # run all of them on every backend here, write the table of the book
 
 An attack is told where its targets are (`World`) and is judged by its effect, seen from outside: did the
 secret come out, did a server hear from it, is there a file or a process that should not be. Every attack
@@ -13,23 +13,25 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import platform
 import secrets
 import shutil
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from readrun import sandbox, sandbox_box
+from readrun import paths, sandbox, sandbox_box
 from readrun.sandbox import Limits, Policy, Result
 
 LIMITS = Limits(time=5.0, memory=256, processes=32, output=20_000, disk=16, files=500)
@@ -208,22 +210,75 @@ def attempt(attack: Attack) -> tuple[bool, Result]:
     return harmed or result.status not in attack.expected, result
 
 
-def table() -> list[dict[str, str]]:
-    """One row per attack: its kind, its harm outside, what became of it on each backend of this machine."""
-    rows = []
-    backends = [name for name in sandbox.BACKENDS if name != "bwrap" or shutil.which("bwrap")]
-    for attack in ATTACKS:
-        row = {"attack": attack.name, "kind": attack.kind}
-        row["outside"] = "harm" if control(attack) else "no harm"
-        for backend in backends:
+def backends() -> list[str]:
+    """The backends that work on this machine."""
+    found = []
+    for name in sandbox.BACKENDS:
+        with sandbox.only(name):
+            found += [name] if not sandbox.report()["reason"] else []
+    return found
+
+
+def table(names: Sequence[str] = ()) -> list[dict[str, str]]:
+    """One row per attack (of `names`, if given): its harm outside, what became of it on each backend here."""
+    rows, here = [], backends()
+    for attack in [attack for attack in ATTACKS if not names or attack.name in names]:
+        row = {
+            "attack": attack.name,
+            "kind": attack.kind,
+            "outside": "harm" if control(attack) else "no harm",
+        }
+        for backend in here:
             with sandbox.only(backend):
                 harmed, result = attempt(attack)
-            row[backend] = f"{'NOT ' if harmed else ''}contained: {result.status}"
+            row[backend] = f"{'not ' if harmed else ''}contained: {STATUS.get(result.status, result.status)}"
         rows.append(row)
     return rows
 
 
-if __name__ == "__main__":
+STATUS = {"ok": "no effect", "error": "refused", "killed": "killed", "timeout": "time limit"}
+STATUS |= {name: f"{name} limit" for name in ("memory", "output", "processes", "disk")}
+
+
+def timings(repeats: int = 30) -> list[dict[str, Any]]:
+    """Milliseconds of a job that does nothing: median and largest, warm (a snippet) and whole (a script)."""
+    rows: list[dict[str, Any]] = []
+
+    def measure(what: str, backend: str, job: Any) -> None:
+        job()  # starts what stays warm
+        times = []
+        for _ in range(repeats):
+            started = time.perf_counter()
+            job()
+            times.append(1000 * (time.perf_counter() - started))
+        rows.append({"job": what, "backend": backend, "median (ms)": statistics.median(times)})
+        rows[-1]["largest (ms)"] = max(times)
+
+    cold = [sys.executable, "-I", "-c", "import sympy"]
+    measure("a new interpreter that imports sympy", "none", lambda: subprocess.run(cold, check=True))
+    for backend in backends():
+        with sandbox.only(backend):
+            for name, preload in {"snippet": (), "snippet, sympy imported": ("sympy",)}.items():
+                policy = Policy(preload=preload)
+                measure(name, backend, lambda policy=policy: sandbox.run("1", policy))
+            measure("script", backend, lambda: sandbox.run(["true"], Policy("script")))
+    return rows
+
+
+def write() -> int:
+    """Write data/assets/shared/sandbox.json; returns how many attacks were not contained."""
     rows = table()
-    Path(sys.argv[1]).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    sys.exit(sum("NOT" in text for row in rows for text in row.values()))
+    found: dict[str, Any] = {
+        "recorded": time.strftime("%Y-%m-%d", time.gmtime()),
+        "kernel": platform.release(),
+    }
+    found |= {"attacks": rows, "timings": timings()}
+    text = json.dumps(found, indent=1) + "\n"
+    paths.write_atomic(paths.assets("shared") / "sandbox.json", text)
+    how = "python -m readrun.sandbox_attacks"
+    paths.write_manifest("shared", "measured by this project", "CC-BY-4.0", how)
+    return sum("not contained" in text for row in rows for text in row.values())
+
+
+if __name__ == "__main__":
+    sys.exit(write())

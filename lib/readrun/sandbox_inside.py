@@ -260,6 +260,8 @@ def main(config: dict[str, Any]) -> None:
     control = socket.socket(fileno=config["control"])
     if config["plan"] is not None:
         namespaces(config, control)
+    if os.getpid() != 1:  # `kill(-1)` below must never meet the host's processes
+        return
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for name in ("work", "tmp", "shm"):
         os.makedirs(f"/scratch/{name}", exist_ok=True)

@@ -142,3 +142,15 @@ def statuses(found: Sequence[Row]) -> Any:
     return grid([{"chapter": s["slug"], "state": s["state"], "seconds": round(s.get("seconds") or 0, 1),
                   "memory (GiB)": round(s.get("peak_ram_gib") or 0, 2)} for s in found] or
                 [{"chapter": "none: these pages show the committed outputs"}])  # fmt: skip
+
+
+def sandbox() -> Any:
+    """What became of each attack on the sandbox, and what a job costs: the committed measurement."""
+    import json
+
+    found = json.loads(paths.asset("shared/sandbox.json").read_text(encoding="utf-8"))
+    told = f"Measured on {found['recorded']}, Linux {found['kernel']}, {len(found['attacks'])} attacks."
+    rows = [
+        {key.replace("namespaces", "own namespaces"): row[key] for key in row} for row in found["attacks"]
+    ]
+    return grid(rows, told).data + grid(found["timings"], "Cost of a job that does nothing.").data
