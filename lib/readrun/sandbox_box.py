@@ -210,7 +210,8 @@ class Box:
         if not ready:
             raise OSError("it ended while it got ready")
         if ready["failed"]:
-            raise ValueError(f"preload: {ready['failed']}")
+            what = ValueError if ready["failed"].split(":")[0] in self.key[1] else OSError
+            raise what(f"preload: {ready['failed']}")
         self.layers["landlock"] = ready["landlock"]
 
     def _map_users(self, packages: Sequence[str]) -> bytes:
