@@ -81,6 +81,16 @@ def test_tokenizers_are_published_files(tokenizer, tmp_path: Path) -> None:
     assert (loaded.pad_token_id, loaded.eos_token_id) == (tokenizer.pad_token_id, tokenizer.eos_token_id)
 
 
+def test_more_special_tokens(tmp_path: Path) -> None:
+    special = ("<pad>", "<eos>", "<|cite_start|>", "<|cite_end|>")
+    lm.bpe_tokenizer(TEXTS, 270, special).save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    ids = loaded("a<|cite_start|>b").input_ids
+    assert ids == [ord("a"), 258, ord("b")] and set(loaded.all_special_tokens) == set(special)
+    assert loaded.decode(ids, skip_special_tokens=True) == "ab"
+    assert loaded.add_tokens(["<|more|>"]) == 1 and len(loaded) == 271
+
+
 def test_bad_tokenizers() -> None:
     with pytest.raises(ValueError, match="vocab_size=200"):
         lm.bpe_tokenizer(TEXTS, 200)
