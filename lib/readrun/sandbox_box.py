@@ -339,6 +339,8 @@ class Box:
                     selector.unregister(self.socket)
                     self.end(kill=True)
         used = os.statvfs(self.work)
+        if used.f_files - used.f_ffree > limits.files + 100:  # faster than we looked
+            broken = broken or "disk"
         full = used.f_bfree * used.f_frsize < 65_536 or used.f_ffree == 0
         texts = {name: bytes(text) for name, text in heard.items()}
         return Seen(broken, code, seconds or time.monotonic() - started, texts, full)
