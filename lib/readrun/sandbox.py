@@ -20,7 +20,6 @@ import os
 import platform
 import signal
 import sys
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -122,7 +121,7 @@ class SandboxUnavailable(RuntimeError):
     """This machine cannot isolate file system and network; the message says which layer is missing."""
 
 
-BACKENDS: tuple[str, ...] = ("bwrap", "namespaces")  # tried in this order
+BACKENDS = ["bwrap", "namespaces"]  # tried in this order
 MIB = 2**20
 LAYERS = ("file system", "network", "pid", "ipc", "user", "seccomp", "landlock", "rlimits")
 
@@ -197,22 +196,19 @@ def report() -> dict[str, Any]:
 @contextlib.contextmanager
 def only(backend: str) -> Iterator[None]:
     """Within it, jobs run on this backend ("bwrap", "namespaces") or not at all; for tests, not threads."""
-    global BACKENDS
-    before, BACKENDS = BACKENDS, (backend,)
+    before, BACKENDS[:] = BACKENDS[:], [backend]
     try:
         yield
     finally:
-        BACKENDS = before
+        BACKENDS[:] = before
 
 
 def close() -> None:
     """End the warm interpreters of this process. Also done when it exits; the next job starts a new one."""
-    with _lock:
-        boxes = [box for idle in _idle.values() for box in idle]
-        _idle.clear()
-    for box in boxes:
-        box.end()
-        box.forget()
+    while _idle:
+        for box in _idle.popitem()[1]:
+            box.end()
+            box.forget()
 
 
 def _copy(
@@ -303,18 +299,15 @@ def _clean(value: Any) -> Any:
 
 # ---- warm sandboxes
 
-_lock = threading.Lock()
 _idle: dict[tuple[Any, ...], list[Box]] = {}
 atexit.register(close)
 
 
 def _forked() -> None:
     """A forked child must not talk to its parent's sandboxes, nor hold them open."""
-    global _lock
-    _lock = threading.Lock()
-    for box in [box for idle in _idle.values() for box in idle]:
-        box.abandon()
-    _idle.clear()
+    while _idle:
+        for box in _idle.popitem()[1]:
+            box.abandon()
 
 
 if hasattr(os, "register_at_fork"):
@@ -331,10 +324,9 @@ def _take(policy: Policy, limits: Limits) -> Box:
     from readrun.sandbox_box import Box
 
     key = (policy.kind, policy.preload, limits.disk * MIB, limits.files)
-    with _lock:
-        for backend in BACKENDS:
-            if _idle.get((backend, *key)):
-                return _idle[backend, *key].pop()
+    for backend in BACKENDS:
+        with contextlib.suppress(KeyError, IndexError):  # another thread may be faster
+            return _idle[backend, *key].pop()
     reasons = []
     for backend in BACKENDS:
         try:
@@ -351,5 +343,4 @@ def _give_back(box: Box) -> None:
     if box.ended:
         box.forget()
         return
-    with _lock:
-        _idle.setdefault((box.backend, *box.key), []).append(box)
+    _idle.setdefault((box.backend, *box.key), []).append(box)
