@@ -33,7 +33,9 @@ def score(submission, grades) -> float:
 # ---------------------------------------------------------------- the toy papers and their labels
 
 
-@pytest.mark.parametrize("name", ["ridge", "kmeans", "pagerank", "adam", "metropolis", "mixture", "pca", "bootstrap"])
+@pytest.mark.parametrize(
+    "name", ["ridge", "kmeans", "pagerank", "adam", "metropolis", "mixture", "pca", "bootstrap"]
+)
 def test_no_mutant_is_blunt_and_rubrics_are_official(name) -> None:
     paper = q.toy_paper(name)
     assert q.check_mutants([name], 3)["blunt"] == []
@@ -68,7 +70,9 @@ def test_unknown_paper() -> None:
 
 
 @isolated
-@pytest.mark.parametrize("behaviour", ["ok", "crash", "no_script", "printed", "nonce_echo", "preshipped", "future", "touched"])
+@pytest.mark.parametrize(
+    "behaviour", ["ok", "crash", "no_script", "printed", "nonce_echo", "preshipped", "future", "touched"]
+)
 def test_simulated_run_is_the_real_run(tmp_path, behaviour) -> None:
     """Logs and results of generated submissions are those of executed ones, and labels those of probes."""
     s = q.Submission(ridge, ("correct", "mutant0", "stub1", "readme", "correct"), behaviour, style=3)
@@ -83,7 +87,10 @@ def test_simulated_run_is_the_real_run(tmp_path, behaviour) -> None:
     grades = {e.path: int(q.MetricJudge().grade_leaf(n, e).score) for n, e in leaves}
     assert grades == q.gold(s)
     if behaviour in ("preshipped", "future", "touched", "printed", "nonce_echo"):
-        naive = [q.MetricJudge("none").grade_leaf(n, e).score for n, e in q.evidence_of(s, *q.admitted("none", record), "2a", probes)]  # fmt: skip
+        naive = [
+            q.MetricJudge("none").grade_leaf(n, e).score
+            for n, e in q.evidence_of(s, *q.admitted("none", record), "2a", probes)
+        ]
         assert score(s, naive) > score(s, grades.values()) + 0.15
 
 
@@ -105,7 +112,9 @@ def test_reproduction_record(tmp_path) -> None:
     folder = tmp_path / "s"
     (folder / "venv").mkdir(parents=True)
     (folder / "venv/x.py").write_text("old")
-    (folder / "reproduce.sh").write_text("echo hi; echo $NONCE > n.txt; echo 1 > kept.txt; rm gone.txt; ls venv; sleep 0.3")
+    (folder / "reproduce.sh").write_text(
+        "echo hi; echo $NONCE > n.txt; echo 1 > kept.txt; rm gone.txt; ls venv; sleep 0.3"
+    )
     (folder / "kept.txt").write_text("1\n")
     (folder / "gone.txt").write_text("x")
     record = q.run_reproduction(folder, 10.0, nonce="ab", work=tmp_path / "w")
@@ -114,7 +123,9 @@ def test_reproduction_record(tmp_path) -> None:
     assert set(record.before) == {"reproduce.sh", "kept.txt", "gone.txt"}
     assert record.changed == {"n.txt"} and "gone.txt" not in record.after
     assert (record.folder / "n.txt").read_text() == "ab\n" and len(record.attempts) >= 1
-    assert sorted(os.listdir(folder)) == ["gone.txt", "kept.txt", "reproduce.sh", "venv"], "the original is untouched"
+    assert sorted(os.listdir(folder)) == ["gone.txt", "kept.txt", "reproduce.sh", "venv"], (
+        "the original is untouched"
+    )
 
 
 @isolated
@@ -131,7 +142,9 @@ def test_missing_submission_and_script_are_statuses(tmp_path) -> None:
             (tmp_path / name).mkdir()
         record = q.run_reproduction(tmp_path / name, 1.0, work=tmp_path / f"w{name}")
         assert record.status == "no_script" and record.log == "" and not record.changed
-        leaves = q.evidence_of(q.Submission(ridge, ("readme",) * 5, "no_script"), record.log, "", record.nonce)
+        leaves = q.evidence_of(
+            q.Submission(ridge, ("readme",) * 5, "no_script"), record.log, "", record.nonce
+        )
         judge = q.MetricJudge()
         assert not any(judge.grade_leaf(n, e).score for n, e in leaves)
 
@@ -142,7 +155,9 @@ def test_visible_files(tmp_path) -> None:
     folder.mkdir()
     for name in ("README.md", "a.py", "old.json", "same.csv", "notes.pdf"):
         (folder / name).write_text("1")
-    (folder / "reproduce.sh").write_text("echo 2 > old.json; echo 1 > new.csv; printf 1 > same.csv; echo 3 > b.py; sleep 0.3")
+    (folder / "reproduce.sh").write_text(
+        "echo 2 > old.json; echo 1 > new.csv; printf 1 > same.csv; echo 3 > b.py; sleep 0.3"
+    )
     record = q.run_reproduction(folder, 10.0, work=tmp_path / "w")
 
     def names(executed, category):
@@ -168,14 +183,20 @@ def test_attacks_work_where_nothing_defends(tmp_path, monkeypatch) -> None:
     """Positive controls: the same scripts do their harm when they are simply run."""
     import subprocess
 
-    for name, sign in (("hard_coded", "results.json"), ("identical", "results.json"), ("own_log", "start_time")):
+    for name, sign in (
+        ("hard_coded", "results.json"),
+        ("identical", "results.json"),
+        ("own_log", "start_time"),
+    ):
         folder = tmp_path / name
         folder.mkdir()
         for file, text in q.ATTACKS[name].files.items():
             (folder / file).write_text(text)
         subprocess.run(["bash", "-c", q.ATTACKS[name].script], cwd=folder, capture_output=True)
         assert (folder / sign).exists()
-    out = subprocess.run(["bash", "-c", q.ATTACKS["secrets"].script], capture_output=True, text=True, errors="replace")
+    out = subprocess.run(
+        ["bash", "-c", q.ATTACKS["secrets"].script], capture_output=True, text=True, errors="replace"
+    )
     assert q.SECRET in out.stdout
     out = subprocess.run(["bash", "-c", q.ATTACKS["network"].script], capture_output=True, text=True)
     assert "connected" in out.stdout and not q._nobody_called()
@@ -205,7 +226,11 @@ def test_metric_judge_needs_nonce_and_recomputation() -> None:
     log, results = q.simulate(s, "5")
 
     def earned(results, nonce="5", log=log):
-        return [judge.grade_leaf(n, e).score for n, e in q.evidence_of(s, log, results, nonce) if n.task_category == RESULT]
+        return [
+            judge.grade_leaf(n, e).score
+            for n, e in q.evidence_of(s, log, results, nonce)
+            if n.task_category == RESULT
+        ]
 
     assert earned(results) == [1] * 5
     assert earned(results.replace('"nonce": "5"', '"nonce": "6"')) == [0] * 5
@@ -226,28 +251,49 @@ def test_metric_judge_needs_nonce_and_recomputation() -> None:
 # ---------------------------------------------------------------- judges
 
 
+START = "# Expectations\na\n# Reality\nb\n# Score\n"
 ANSWERS = [
-    ("# Expectations\na\n# Reality\nb\n# Score\n1", 1), ("# Expectations\na\n# Reality\nb\n# Score\n0", 0),
-    ("Expectations: a\nReality: b\nScore: 1", 1), ("**Expectations**: a\n**Reality**: b\n**Score**: 0", 0),
-    ("## Expectations\na\n## Reality\nb\n## Score\n**1**", 1), ("# EXPECTATIONS\na\n# REALITY\nb\n# SCORE\n1.", 1),
-    ("# Expectations\na\n# Reality\nb\n# Score: 0", 0), ("# Expectations\na\n# Reality\nb\n# Score\n`1`", 1),
-    ("# Expectations\na\n# Reality\nb\n# Score\n1\n\n", 1), ("thinking…\n# Expectations\na\n# Reality\nb\n# Score\n0", 0),
+    (START + "1", 1),
+    (START + "0", 0),
+    ("Expectations: a\nReality: b\nScore: 1", 1),
+    ("**Expectations**: a\n**Reality**: b\n**Score**: 0", 0),
+    ("## Expectations\na\n## Reality\nb\n## Score\n**1**", 1),
+    ("# EXPECTATIONS\na\n# REALITY\nb\n# SCORE\n1.", 1),
+    ("# Expectations\na\n# Reality\nb\n# Score: 0", 0),
+    (START + "`1`", 1),
+    (START + "1\n\n", 1),
+    ("thinking…\n# Expectations\na\n# Reality\nb\n# Score\n0", 0),
     ("# Expectations\nscore of the model is 5\n# Reality\nb\n# Score\n1", 1),
-    ("# Expectations\na\n# Reality\nthe table says 0\n# Score\n1", 1), ("# Reality\nb\n# Expectations\na\n# Score\n1", 1),
-    ("# Expectations\na\n# Reality\nb\n# Score\n1\n# Score\n1", 1), ("# Expectations\n# Reality\n# Score\n0", 0),
-    ("# Expectations\na\n# Reality\nb\n# Score\n1\nThe code does it.", 1),
-    ("# Expectations\na\n\n\n# Reality\nb\n\n# Score\n 0 ", 0), ("*Expectations*\na\n*Reality*\nb\n*Score*\n1", 1),
-    ("# Expectations:\na\n# Reality:\nb\n# Score:\n1", 1), ("# Expectations\na\n# Reality\nb\n# Score\n__0__", 0),
-    ("", None), ("1", None), ("Score: 1", None), ("# Expectations\na\n# Score\n1", None), ("# Reality\nb\n# Score\n1", None),
-    ("# Expectations\na\n# Reality\nb", None), ("# Expectations\na\n# Reality\nb\n# Score", None),
-    ("# Expectations\na\n# Reality\nb\n# Score\n0.5", None), ("# Expectations\na\n# Reality\nb\n# Score\n2", None),
-    ("# Expectations\na\n# Reality\nb\n# Score\n10", None), ("# Expectations\na\n# Reality\nb\n# Score\n1/1", None),
-    ("# Expectations\na\n# Reality\nb\n# Score\n100 %", None), ("# Expectations\na\n# Reality\nb\n# Score\nyes", None),
-    ("# Expectations\na\n# Reality\nb\n# Score\n0 or 1", None), ("# Expectations\na\n# Reality\nb\n# Score\n1\n# Score\n0", None),
-    ("# Expectations\na\n# Reality\nb\n# Score\n1\n0", None), ("# Expectations\na\n# Reality\nb\n# Score\n-1", None),
-    ("# Expectations\na\n# Reality\nb\n# Score\none", None), ("# Expectations\na\n# Reality\nb\n# Score\n1?", None),
-    ("# Expectations\na\n# Reality\nb\n# Score\nprobably 1", None),
-]  # fmt: skip
+    ("# Expectations\na\n# Reality\nthe table says 0\n# Score\n1", 1),
+    ("# Reality\nb\n# Expectations\na\n# Score\n1", 1),
+    (START + "1\n# Score\n1", 1),
+    ("# Expectations\n# Reality\n# Score\n0", 0),
+    (START + "1\nThe code does it.", 1),
+    ("# Expectations\na\n\n\n# Reality\nb\n\n# Score\n 0 ", 0),
+    ("*Expectations*\na\n*Reality*\nb\n*Score*\n1", 1),
+    ("# Expectations:\na\n# Reality:\nb\n# Score:\n1", 1),
+    (START + "__0__", 0),
+    ("", None),
+    ("1", None),
+    ("Score: 1", None),
+    ("# Expectations\na\n# Score\n1", None),
+    ("# Reality\nb\n# Score\n1", None),
+    ("# Expectations\na\n# Reality\nb", None),
+    ("# Expectations\na\n# Reality\nb\n# Score", None),
+    (START + "0.5", None),
+    (START + "2", None),
+    (START + "10", None),
+    (START + "1/1", None),
+    (START + "100 %", None),
+    (START + "yes", None),
+    (START + "0 or 1", None),
+    (START + "1\n# Score\n0", None),
+    (START + "1\n0", None),
+    (START + "-1", None),
+    (START + "one", None),
+    (START + "1?", None),
+    (START + "probably 1", None),
+]
 
 
 @pytest.mark.parametrize(("text", "wanted"), ANSWERS)
@@ -274,7 +320,15 @@ def test_llm_judge() -> None:
     graded = judge.grade_leaf(*pairs[5])
     assert (graded.score, graded.valid_score, graded.explanation) == (1.0, True, "fine")
     text = seen[-1][1]["content"]
-    parts = ["# The paper", ridge.components[0].does, "# The submission", "stand before it", "is replicated", pairs[5][0].requirements, "# Score"]  # fmt: skip
+    parts = [
+        "# The paper",
+        ridge.components[0].does,
+        "# The submission",
+        "stand before it",
+        "is replicated",
+        pairs[5][0].requirements,
+        "# Score",
+    ]
     assert [text.index(p) for p in parts] == sorted(text.index(p) for p in parts)
     assert "reproduce.log" not in text and "value 0" not in text, "a code leaf sees no log"
     run = next(pair for pair in pairs if pair[0].task_category == EXECUTION)
@@ -327,24 +381,24 @@ def test_text_judges_see_what_they_may() -> None:
 
 
 def test_rotations_leave_papers_out() -> None:
-    for papers in (q.PAPERS, q.PAPERS[:3]):
+    for papers in (q.PAPERS, q.PAPERS[:3], q.PAPERS[:1]):
         splits = q.rotations(papers)
         assert sorted(p for s in splits for p in s["test"]) == sorted(papers)
         for s in splits:
-            assert not set(s["test"]) & {*s["dev"], *s["train"]} and not set(s["dev"]) & set(s["train"])
-    assert [len(s["train"]) for s in q.rotations(q.PAPERS)] == [5] * 4
+            assert len({*s["test"], *s["dev"], *s["learn"]}) == len(s["test"]) + 1 + 5
+    assert [len(s["test"]) for s in q.rotations(q.PAPERS)] == [2] * 4
 
 
-def test_linear_judge_learns_what_can_be_seen_and_no_more() -> None:
-    leaves, labels, groups = q.simulated(["ridge"], 25, 1)
-    assert len(set(groups)) == 25 and len(leaves) == len(labels) == 25 * 22
+def test_linear_judge_learns_what_can_be_seen() -> None:
+    leaves, labels, groups = q.simulated(["ridge", "kmeans", "adam"], 12, 1)
+    assert len(set(groups)) == 36 and len(leaves) == len(labels) == 36 * 22
     judge = q.LinearJudge(leaves, labels)
-    unseen, truth, _ = q.simulated(["pca"], 10, 2)
-    rows = [(n.task_category, p >= 0.5, bool(y)) for (n, _), p, y in zip(unseen, judge.scores(unseen), truth, strict=True)]
-    right = {c: np.mean([g == y for k, g, y in rows if k == c]) for c in CATEGORIES}
-    assert right[EXECUTION] > 0.7 and right[DEVELOPMENT] > 0.6
-    again = q.LinearJudge(leaves, labels)
-    assert np.allclose(again.scores(unseen), judge.scores(unseen))
+    unseen, truth, _ = q.simulated(["pca"], 12, 2)
+    right = [(p >= 0.5) == bool(y) for p, y in zip(judge.scores(unseen), truth, strict=True)]
+    assert np.mean(right) > 0.7 > max(np.mean(truth), 1 - np.mean(truth)), (
+        "cheats' logs look right: a ceiling"
+    )
+    assert np.allclose(q.LinearJudge(leaves, labels).scores(unseen), judge.scores(unseen))
 
 
 # ---------------------------------------------------------------- measures
@@ -397,10 +451,21 @@ def test_shared_prefix_gives_the_logits_of_the_whole_prompt(kind) -> None:
 
     config, cls = {"qwen2": (Qwen2Config, Qwen2ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM)}[kind]
     torch.manual_seed(1)
-    model = cls(config(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-                       num_key_value_heads=2)).eval()  # fmt: skip
+    model = cls(
+        config(
+            vocab_size=64,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+        )
+    ).eval()
     rng = np.random.default_rng(0)
-    prefix, suffixes = rng.integers(0, 64, 40).tolist(), [rng.integers(0, 64, n).tolist() for n in (1, 7, 3, 12, 5)]
+    prefix, suffixes = (
+        rng.integers(0, 64, 40).tolist(),
+        [rng.integers(0, 64, n).tolist() for n in (1, 7, 3, 12, 5)],
+    )
     for pack in (1, 2, 8):
         runner = q.PrefixJudgeRunner(model, pack)
         runner.read(prefix)
@@ -429,7 +494,6 @@ def test_checkpoints_judge_differently(tmp_path, monkeypatch) -> None:
     model.save_pretrained(tmp_path / "b", max_shard_size="40KB")
     first, second = (q.own_judge(str(tmp_path / name), 500, 2) for name in "ab")
     assert first["probabilities"] != second["probabilities"]
-    assert first == q.own_judge(str(tmp_path / "a"), 500, 2)
     (tmp_path / "c").mkdir()
     with pytest.raises(ValueError, match="checkpoint: .*accepted"):
         q.load_judge(str(tmp_path / "c"))
@@ -439,8 +503,14 @@ def test_gpu_units_at_tiny_size() -> None:
     tiny = dict(hidden=16, layers=1, mlp=16, vocab=300, length=32, batch=8, steps=2, lr=1e-3)
     out = q.train_lm(["ridge"], ["pca"], ["kmeans"], 3, 2, {}, tiny, 0)
     assert [len(g) for g in out["grades"]] == [22, 22] and len(out["seen"]) == 20 and np.isfinite(out["loss"])
-    shape = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
-                 num_key_value_heads=2)  # fmt: skip
+    shape = dict(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
     out = q.prefix_speed(32, 8, 4, 2, 2, shape)
     assert len(out["reuse"]) == len(out["reread"]) == len(out["mfu"]) == 2 and min(out["mfu"]) > 0
 
@@ -459,8 +529,10 @@ def test_official_data(tmp_path) -> None:
 
 
 def test_derived_metrics() -> None:
-    metrics = {f"judge_macro_f1_{c}": {"text_judge": v} for c, v in
-               (("result", [0.9, 0.8]), ("execution", [0.5, 0.6]), ("development", [0.4, 0.1]))}  # fmt: skip
+    metrics = {
+        f"judge_macro_f1_{c}": {"text_judge": v}
+        for c, v in (("result", [0.9, 0.8]), ("execution", [0.5, 0.6]), ("development", [0.4, 0.1]))
+    }
     assert q.category_gap_high(metrics, {})["text_judge"] == pytest.approx([0.4, 0.2])
     assert q.category_gap_low(metrics, {})["text_judge"] == pytest.approx([0.1, 0.5])
 
@@ -477,9 +549,29 @@ def test_book_is_audited() -> None:
 
 def test_unused_imports_are_the_public_ones() -> None:
     """What spec and book list stands in the chapter or is re-exported."""
-    for name in ("RubricNode", "GradedNode", "propagate", "root_score", "disqualify", "average_replication_score", "Check",
-                 "run_reproduction", "ReproRecord", "visible_files", "Judge", "MetricJudge", "LLMJudge", "RandomJudge",
-                 "MajorityJudge", "KeywordJudge", "LinearJudge", "build_prompt", "parse_verdict", "judge_eval",
-                 "PrefixJudgeRunner", "grade_book"):  # fmt: skip
+    for name in (
+        "RubricNode",
+        "GradedNode",
+        "propagate",
+        "root_score",
+        "disqualify",
+        "average_replication_score",
+        "Check",
+        "run_reproduction",
+        "ReproRecord",
+        "visible_files",
+        "Judge",
+        "MetricJudge",
+        "LLMJudge",
+        "RandomJudge",
+        "MajorityJudge",
+        "KeywordJudge",
+        "LinearJudge",
+        "build_prompt",
+        "parse_verdict",
+        "judge_eval",
+        "PrefixJudgeRunner",
+        "grade_book",
+    ):
         assert hasattr(q, name), name
     assert issubclass(RubricError, ValueError) and rubric.where((1, 2)) == "/1/2" and isinstance(Path(), Path)
