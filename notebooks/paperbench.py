@@ -193,53 +193,24 @@ PAPERS = ["ridge", "kmeans", "pagerank", "adam", "metropolis", "mixture", "pca",
 
 
 # %% tags=["hide-input"]
+SMALL = dict(layers=2, hidden=64, prefix=512, leaf=32, leaves=100, repeats=5, pack=16)
 S = run.settings(
     smoke=dict(
-        seeds=1,
-        papers=PAPERS[:1],
-        submissions=4,
-        training=10,
-        timeout=6.0,
-        workers=1,
-        trees=30,
-        attacks=["mtime", "identical", "own_log"],
-        lm={},
+        seeds=1, papers=PAPERS[:1], submissions=4, training=5, timeout=6.0, workers=1, trees=30,
+        attacks=["mtime", "identical", "own_log"], lm={}, lm_seeds=0, depths=[3], speed={},
         prefix=dict(layers=1, hidden=32, prefix=64, leaf=16, leaves=4, repeats=3, pack=4),
-        speed={},
-        lm_seeds=0,
     ),
     cpu=dict(
-        seeds=1,
-        papers=PAPERS[:3],
-        submissions=10,
-        training=60,
-        timeout=3.0,
-        workers=2,
-        trees=500,
-        attacks=[],
-        lm={},
-        prefix=dict(layers=2, hidden=64, prefix=512, leaf=32, leaves=100, repeats=5, pack=16),
-        speed={},
-        lm_seeds=0,
+        seeds=1, papers=PAPERS[:3], submissions=10, training=40, timeout=3.0, workers=2, trees=500,
+        attacks=[], lm={}, lm_seeds=0, depths=[1, 2, 3], speed={}, prefix=SMALL,
     ),
     gpu=dict(
-        seeds=1,
-        papers=PAPERS,
-        submissions=40,
-        training=800,
-        timeout=6.0,
-        workers=14,
-        trees=500,
-        attacks=[],
+        seeds=1, papers=PAPERS, submissions=40, training=200, timeout=6.0, workers=14, trees=500,
+        attacks=[], lm_seeds=3, depths=[1, 2, 3], prefix=SMALL,
         lm=dict(hidden=256, layers=6, mlp=704, vocab=4096, length=256, batch=256, steps=500, lr=6e-4),
-        prefix=dict(layers=2, hidden=64, prefix=512, leaf=32, leaves=100, repeats=5, pack=16),
         speed=dict(prefix=32768, short=8192, leaf=400, leaves=100, repeats=3, pack=10),
-        lm_seeds=3,
     ),
-)
-
-
-# %% tags=["hide-input"]
+)  # fmt: skip
 S
 
 # %% [markdown]
@@ -405,6 +376,7 @@ class ToyPaper:
 
     @property
     def task(self) -> str:
+        """Source of the file that every submission is given."""
         rows = {c.name: (c.inputs, c.value) for c in self.components}
         return TASK.replace("ROWS = {}", "ROWS = " + repr(rows))
 
@@ -2054,14 +2026,15 @@ if attacked and attacked.done:
 # %% [markdown]
 # ### Can a judge stand in for people?
 #
-# Leave papers out: a judge learns on some papers, its threshold is chosen on another, and it grades a third
-# that it has never seen; in turn, so that every paper is graded once. `text_judge` is the one of keyword,
-# linear and language model with the best macro F1 on the papers for choosing.
+# Leave papers out: a judge learns on five papers, its threshold is chosen on a sixth, and it grades others
+# that it has never seen; in turn, so that every paper is graded once. Papers for learning are generated and
+# never run. `text_judge` is the one of keyword, linear and language model with the best macro F1 on the
+# papers for choosing.
 
 
 # %%
 def rotations(papers: Sequence[str]) -> list[dict[str, list[str]]]:
-    """Splits: `test` (a quarter of `papers`, each once), then of all the others one for `dev`, five to `learn`."""
+    """Splits: `test` (a quarter of `papers`, each once); of all others one for `dev`, five to `learn`."""
     size, found = max(1, len(papers) // 4), []
     for start in range(0, len(papers), size):
         test, place = list(papers[start : start + size]), PAPERS.index(papers[start])
@@ -2209,10 +2182,14 @@ class TinyJudge(torch.nn.Module):
     def __init__(self, vocab: int, settings: dict[str, Any]) -> None:
         super().__init__()
         config = Qwen2Config(
-            vocab_size=vocab, hidden_size=settings["hidden"], intermediate_size=settings["mlp"],
-            num_hidden_layers=settings["layers"], num_attention_heads=4, num_key_value_heads=2,
+            vocab_size=vocab,
+            hidden_size=settings["hidden"],
+            intermediate_size=settings["mlp"],
+            num_hidden_layers=settings["layers"],
+            num_attention_heads=4,
+            num_key_value_heads=2,
             max_position_embeddings=settings["length"],
-        )  # fmt: skip
+        )
         self.backbone, self.head = Qwen2ForCausalLM(config).model, torch.nn.Linear(settings["hidden"], 2)
 
     def forward(self, ids: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
@@ -2238,9 +2215,15 @@ def fit_judge(
 
 # %%
 def train_lm(
-    test: list[str], dev: list[str], learn: list[str], training: int, count: int, runs: dict[str, Any],
-    settings: dict[str, Any], seed: int,
-) -> dict[str, Any]:  # fmt: skip
+    test: list[str],
+    dev: list[str],
+    learn: list[str],
+    training: int,
+    count: int,
+    runs: dict[str, Any],
+    settings: dict[str, Any],
+    seed: int,
+) -> dict[str, Any]:
     """Train a small judge on the papers `learn`; its grades for `test`, its F1 on fresh submissions."""
     leaves, labels, _ = simulated(learn, training, 1)
     texts = [judge_prompt(leaf) for leaf in leaves]
@@ -2874,7 +2857,7 @@ def edit_rubric() -> None:
     display(total, *(ipywidgets.HBox([weights[p], boxes[p]]) for p in boxes))
 
 
-GRID = {"submission": list(SHOW), "variant": ["full", "Code-Dev"], "depth": [1, 2, 3]}
+GRID = {"submission": list(SHOW), "variant": ["full", "Code-Dev"], "depth": S.depths}
 picker.live(draw_state, GRID)
 edit_rubric()
 
@@ -2995,7 +2978,7 @@ if run.checkpoint:
     own = run.unit(own_judge, path=run.checkpoint, budget_tokens=4_000, leaves=4)
 else:
     save_small_judge(run.folder / "own_judge")
-    own = own_judge(str(run.folder / "own_judge"), 700, 3)
+    own = own_judge(str(run.folder / "own_judge"), 600, 2)
 print(
     f"{len(own['probabilities'])} leaves, {100 * own['shared']:.0f} % of each prompt shared, "
     f"accuracy {own['accuracy']:.2f}"
