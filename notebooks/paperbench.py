@@ -196,16 +196,16 @@ PAPERS = ["ridge", "kmeans", "pagerank", "adam", "metropolis", "mixture", "pca",
 SMALL = dict(layers=2, hidden=64, prefix=512, leaf=32, leaves=100, repeats=5, pack=16)
 S = run.settings(
     smoke=dict(
-        seeds=1, papers=PAPERS[:1], submissions=4, training=5, timeout=6.0, workers=1, trees=30,
+        seeds=1, papers=PAPERS[:1], submissions=3, cheats=1, training=5, timeout=6.0, workers=1, trees=30,
         attacks=["mtime", "identical", "own_log"], lm={}, lm_seeds=0, depths=[3], speed={},
         prefix=dict(layers=1, hidden=32, prefix=64, leaf=16, leaves=4, repeats=3, pack=4),
     ),
     cpu=dict(
-        seeds=1, papers=PAPERS[:3], submissions=10, training=40, timeout=3.0, workers=2, trees=500,
+        seeds=1, papers=PAPERS[:3], submissions=10, cheats=0, training=40, timeout=3.0, workers=2, trees=500,
         attacks=[], lm={}, lm_seeds=0, depths=[1, 2, 3], speed={}, prefix=SMALL,
     ),
     gpu=dict(
-        seeds=1, papers=PAPERS, submissions=40, training=200, timeout=6.0, workers=14, trees=500,
+        seeds=1, papers=PAPERS, submissions=40, cheats=15, training=200, timeout=6.0, workers=14, trees=500,
         attacks=[], lm_seeds=3, depths=[1, 2, 3], prefix=SMALL,
         lm=dict(hidden=256, layers=6, mlp=704, vocab=4096, length=256, batch=256, steps=500, lr=6e-4),
         speed=dict(prefix=32768, short=8192, leaf=400, leaves=100, repeats=3, pack=10),
@@ -1632,38 +1632,34 @@ def reproduce_one(submission: Submission, timeout: float) -> dict[str, Any]:
         }
 
 
-def reproduce_paper(paper: str, count: int, seed: int, timeout: float, workers: int) -> dict[str, Any]:
-    """Clean runs of `count` submissions to a toy paper, `workers` at a time (at most the machine's cores)."""
-    submissions = compose(toy_paper(paper), count, seed)
+def to_run(paper: str, count: int, cheats: int, seed: int) -> list[Submission]:
+    """The submissions that are executed: `count` random ones, then `cheats` more that cheat, in turn."""
+    more = compose(toy_paper(paper), cheats, seed + 1)
+    forced = [dataclasses.replace(s, behaviour=CHEATS[i % len(CHEATS)]) for i, s in enumerate(more)]
+    return compose(toy_paper(paper), count, seed) + forced
+
+
+def reproduce_paper(
+    paper: str, count: int, cheats: int, seed: int, timeout: float, workers: int
+) -> dict[str, Any]:
+    """Clean runs of the submissions to a toy paper, `workers` at a time (at most the machine's cores)."""
+    submissions = to_run(paper, count, cheats, seed)
     with ThreadPoolExecutor(max(1, min(workers, os.cpu_count() or 1))) as pool:
         rows = list(train.progress(pool.map(lambda s: reproduce_one(s, timeout), submissions), paper))
     return {key: [row[key] for row in rows] for key in rows[0]}
 
 
-FIRST = {paper: compose(toy_paper(paper), S.submissions, 7) for paper in S.papers}
-
-
 # %%
-clean = {
-    paper: run.unit(
-        reproduce_paper, paper=paper, count=S.submissions, seed=7, timeout=S.timeout, workers=S.workers
-    )
-    for paper in (S.papers if ISOLATED else [])
-}
-SUBMISSIONS = [s for paper in S.papers for s in FIRST[paper]]
+options = dict(count=S.submissions, cheats=S.cheats, seed=7, timeout=S.timeout, workers=S.workers)
+clean = {paper: run.unit(reproduce_paper, paper=paper, **options) for paper in (S.papers if ISOLATED else [])}
+FIRST = {paper: compose(toy_paper(paper), S.submissions, 7) for paper in S.papers}
+SUBMISSIONS = [s for paper in S.papers for s in to_run(paper, S.submissions, S.cheats, 7)]
 GOLD = [gold(s) for s in SUBMISSIONS]
-done = [u for u in clean.values() if u.done]
-print(
-    f"isolation: {ISOLATION}; {sum(len(u['status']) for u in done)} clean runs, statuses: "
-    + str(
-        {w: sum(u["status"].count(w) for u in done) for w in sorted({s for u in done for s in u["status"]})}
-    )
-)
+statuses = [word for u in clean.values() if u.done for word in u["status"]]
+counts = {word: statuses.count(word) for word in sorted(set(statuses))}
+print(f"isolation: {ISOLATION}; {len(statuses)} clean runs, statuses: {counts}")
 if not ISOLATED:
-    print(
-        'isolation="none": this machine cannot isolate foreign code, so nothing was run; logs below '
-        "are simulated"
-    )
+    print("foreign code cannot be isolated on this machine, so nothing was run; logs below are simulated")
 
 # %% [markdown]
 # What the cheats gain. *Inflation* is the graded score minus the earned one. With *none*, the grader
@@ -1689,12 +1685,13 @@ if all_clean:
     for d in DEFENCES:
         inflation[d] = {i: scores_of(SUBMISSIONS[i], rows[d][i]) - EARNED[i] for i in cheats}
     agreement = [
-        float(np.mean([a == b for a, b in zip(rows["nonce"][i], GOLD[i].values(), strict=True)]))
-        for i in range(len(GOLD))
+        a == b for g, y in zip(rows["nonce"], GOLD, strict=True) for a, b in zip(g, y.values(), strict=True)
     ]
-    honest_error = [
-        scores_of(s, rows["nonce"][i]) - EARNED[i] for i, s in enumerate(SUBMISSIONS) if s.behaviour in HONEST
-    ]
+    honest = [i for i, s in enumerate(SUBMISSIONS) if s.behaviour in HONEST]
+    honest_error = [scores_of(SUBMISSIONS[i], rows["nonce"][i]) - EARNED[i] for i in honest]
+    for d in DEFENCES:
+        print(f"{d:>10}: cheats gain {np.mean(list(inflation[d].values())) if cheats else 0:+.3f}")
+    print(f"labels and metric judge agree on {100 * np.mean(agreement):.2f} % of {len(agreement)} leaves")
 
 # %% tags=["figure", "hide-input"]
 if inflation:
@@ -2279,7 +2276,7 @@ if S.lm and all(language[i, 0].done for i in range(len(splits))):
     JUDGES["lm"] = [g for i in range(len(splits)) for g in language[i, 0]["grades"]]
     dev_f1["lm"] = float(np.mean([language[i, 0]["dev_f1"] for i in range(len(splits))]))
 if all_clean:
-    JUDGES["metric"] = [g["nonce"] for p in graded_papers for g in clean[p]["grades"]]
+    JUDGES["metric"] = [g["nonce"] for p in graded_papers for g in clean[p]["grades"][: S.submissions]]
 chosen = max(dev_f1, key=dev_f1.get) if dev_f1 else ""
 if chosen:
     JUDGES["text_judge"] = JUDGES[chosen]
@@ -2710,7 +2707,7 @@ if pruned:
     metrics["depth_signed_error"] = {name: v.tolist() for name, v in errors.items()}
     metrics["depth_abs_error"] = {name: np.abs(v).tolist() for name, v in errors.items()}
 if all_clean:
-    metrics["gold_agreement"] = {"toy_papers": agreement}
+    metrics["gold_agreement"] = {"toy_papers": [float(a) for a in agreement]}
     metrics["honest_error"] = {"nonce": honest_error}
     if all(inflation.values()):
         metrics["inflation"] = {d.replace(" ", "_"): list(v.values()) for d, v in inflation.items()}
