@@ -150,14 +150,16 @@ S = run.settings(
         size=dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4),
         pretrain=dict(steps=2, batch=4, length=64, lr=1e-3),
         recipe=dict(steps=5, batch=4, max_len=160, content=16, doc_tokens=32, lr=1e-3, targets=4),
-        test=dict(papers=4, batch=8), taus=[], when=20, shapes=TINY_SHAPES, watch=dict(steps=0, batch=4),
+        test=dict(papers=4, batch=8), play=[1.0, 0.01],
+        taus=[], when=20, shapes=TINY_SHAPES, watch=dict(steps=0, batch=4),
     ),
     cpu=dict(
         seeds=1, arms=["unified"], papers=0, vocab_size=0, from_checkpoint=True,
         size=dict(hidden_size=128, intermediate_size=384, num_hidden_layers=2, num_attention_heads=4),
         pretrain=dict(steps=0, batch=4, length=64, lr=1e-3),
         recipe=dict(steps=0, batch=16, max_len=384, content=16, doc_tokens=48, lr=1e-3, targets=4),
-        test=dict(papers=0, batch=32), taus=[], when=400, shapes=TINY_SHAPES, watch=dict(steps=24, batch=8),
+        test=dict(papers=0, batch=32), play=[1.0, 0.1, 0.03, 0.01],
+        taus=[], when=400, shapes=TINY_SHAPES, watch=dict(steps=24, batch=8),
     ),
     gpu=dict(
         seeds=3,
@@ -167,7 +169,8 @@ S = run.settings(
         size=dict(hidden_size=512, intermediate_size=1408, num_hidden_layers=8, num_attention_heads=8),
         pretrain=dict(steps=500, batch=64, length=512, lr=6e-4),
         recipe=dict(steps=400, batch=32, max_len=512, content=32, doc_tokens=96, lr=3e-4, targets=4),
-        test=dict(papers=0, batch=64), taus=[0.01, 0.05], when=1500, shapes=SHAPES,
+        test=dict(papers=0, batch=64), play=[1.0, 0.1, 0.03, 0.01],
+        taus=[0.01, 0.05], when=1500, shapes=SHAPES,
         watch=dict(steps=0, batch=4),
     ),
 )  # fmt: skip
@@ -1843,9 +1846,9 @@ def make_baselines(file: str | Path, dev: int = 300) -> None:
 @functools.lru_cache(maxsize=2)
 def corpus_for(papers: int) -> Corpus:
     """The frozen corpus; with `papers`, only so many of networkx, and few documents (smoke)."""
-    corpus = load_corpus(readrun.asset("scholar_copilot/corpus"))
     if not papers:
-        return corpus
+        return load_corpus(readrun.asset("scholar_copilot/corpus"))
+    corpus = corpus_for(0)
     few = [p for p in corpus.papers if p.package == "networkx"]
     few = [p for p in few if p.split == "test"][:12] + [p for p in few if p.split != "test"][: papers - 12]
     cited = {c.doc for p in few for c in p.citations}
@@ -2931,7 +2934,7 @@ def draw_tau(tau: float, model: str, negatives: str):
     return figure
 
 
-GRID = {"tau": [1.0, 0.1, 0.03, 0.01], "model": ["before", "after"], "negatives": ["batch", "three"]}
+GRID = {"tau": S.play, "model": ["before", "after"], "negatives": ["batch", "three"][: len(S.play) - 1]}
 picker.live(draw_tau, GRID)
 picker.picker(
     run, "tau", draw_tau, GRID,
@@ -3039,15 +3042,17 @@ print(own["text"][:400])
 SMALL = {
     "vocab_size": 4096,
     "size": dict(hidden_size=128, intermediate_size=384, num_hidden_layers=2, num_attention_heads=4),
-    "recipe": dict(steps=400, batch=32, max_len=256, content=16, doc_tokens=48, lr=1.5e-3, targets=4),
+    "pretrain": dict(steps=80, batch=16, length=256, lr=2e-3),
+    "recipe": dict(steps=540, batch=32, max_len=256, content=16, doc_tokens=48, lr=2e-3, targets=4),
 }  # fmt: skip
 
 
 def make_checkpoint(folder: str, seed: int = 0) -> np.ndarray:
     """Train and save (float16) the small model of `smoke` and `cpu` on one CPU core; (steps, 2) losses."""
-    corpus = load_corpus(readrun.asset("scholar_copilot/corpus"))
+    corpus = corpus_for(0)
     tok = train_tokenizer(training_texts(corpus), SMALL["vocab_size"])
     model = make_model(SMALL["size"], tok, 512, seed)
+    pretrain(model, tok, training_texts(corpus), seed=seed, **SMALL["pretrain"])
     losses = finetune(model, tok, corpus, "unified", SMALL["recipe"], seed)
     model.half().save_pretrained(folder)
     tok.save_pretrained(folder)

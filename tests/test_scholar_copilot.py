@@ -147,7 +147,8 @@ def test_scores_are_float32_in_bfloat16() -> None:
 
 @pytest.mark.parametrize(
     ("change", "word"),
-    [({"tau": 0.0}, "tau"), ({"q": torch.full((2, 8), torch.nan)}, "finite"), ({"d": torch.ones(3, 7)}, "shapes"),
+    [({"tau": 0.0}, "tau"), ({"q": torch.full((2, 8), torch.nan)}, "finite"),
+     ({"d": torch.ones(3, 7)}, "shapes"),
      ({"target": torch.tensor([0, 3])}, "target"), ({"target": torch.tensor([0])}, "shapes")],
 )  # fmt: skip
 def test_contrastive_loss_errors(change, word) -> None:
@@ -499,7 +500,10 @@ def test_bootstrap_of_clusters_is_wider_than_of_items() -> None:
 def test_bm25_against_its_formula() -> None:
     """Lucene's variant of BM25 written out; and the committed ranks are the live ones."""
     toy = q.Corpus(
-        {n: doc(n, t) for n, t in {"a": "newton root finding", "b": "root mean square", "c": "graph colouring"}.items()},
+        {
+            n: doc(n, t)
+            for n, t in {"a": "newton root finding", "b": "root mean square", "c": "graph colouring"}.items()
+        },
         [q.Paper("p", "t", "m", ("x",))], [],
     )  # fmt: skip
     texts = [d.text.split() for d in toy.docs.values()]
