@@ -353,6 +353,8 @@ def test_modules_count_transitively_without_presentation_and_core(
         "deeper",
         "attribute",
     }
+    other = ast.parse("import readrun as rr\nrr.rl.f()").body
+    assert {"rl", "deep", "other"} < set(content.modules_reached(other)), "another name for the package"
     for module, counts in {"deep": 1, "deeper": 1, "attribute": 1, "plots": 0, "run": 0, "other": 0}.items():
         old = (book / f"lib/{module}.py").read_text()
         (book / f"lib/{module}.py").write_text(old + "\nNEW = 1\n")

@@ -249,6 +249,8 @@ def modules_in(tree: ast.AST) -> frozenset[str]:
     for node in nodes(tree):
         if isinstance(node, ast.Import):
             names += [a.name for a in node.names]
+            if any(a.name == "readrun" and a.asname for a in node.names):  # x.rl is not followed: all count
+                names += [f"readrun.{path.stem}" for path in paths.library().glob("*.py")]
         elif isinstance(node, ast.ImportFrom):
             package = f"readrun.{node.module or ''}".rstrip(".") if node.level else node.module or ""
             names += [f"{package}.{a.name}" for a in node.names]
@@ -332,11 +334,11 @@ def content_key(slug: str, parameters: Mapping[str, Any] | None = None) -> str:
     return digest([SCHEME, canonical(trees, values["profile"]), modules, assets, values])
 
 
-def render_key(slug: str, parameters: Mapping[str, Any] | None = None) -> str:
+def render_key(slug: str) -> str:
     """Digest of what a chapter's page shows besides: exact sources, what draws, claims, record."""
     code = [cell.source for cell in cells(slug) if cell.kind == "code"]
     files = [paths.papers(slug), paths.results(slug), paths.results(slug, "npz")]
     files += [paths.library() / f"{name}.py" for name in sorted(DRAWING)]
     files += sorted(paths.library().glob("template/*.html"))
     shown = [[path.name, paths.file_sha256(path)] for path in files if path.is_file()]
-    return digest([code, shown, dict(parameters or {})])
+    return digest([code, shown])
