@@ -137,7 +137,7 @@ plots.show(
 S = run.settings(
     smoke=dict(
         seeds=1, world=dict(seed=0, n_conditions=24, n_findings=36, families=6),
-        sizes={"small": [32, 1, 1, 3e-3]}, main="small", keep=["small"],
+        sizes={"32x1": [32, 1, 1, 3e-3]}, main="32x1", keep=["32x1"],
         base=dict(facts=[10, 32], pool=400, steps=20, batch=16, story=0.25, letters=True, moments=[1.0]),
         more=dict(medical=4, augmented=4, context=4, lr_factor=0.5, pool=200),
         test=dict(n=64), rag=dict(ranks=[1, 5], fillers=20, items=32), attribution=8,
@@ -146,7 +146,7 @@ S = run.settings(
     ),
     cpu=dict(
         seeds=2, world=dict(seed=0, n_conditions=24, n_findings=36, families=6),
-        sizes={"20k": [32, 1, 1, 3e-3], "0.1M": [64, 2, 2, 3e-3]}, main="0.1M", keep=["20k", "0.1M"],
+        sizes={"32x1": [32, 1, 1, 5e-3], "64x2": [64, 2, 2, 3e-3]}, main="64x2", keep=["32x1", "64x2"],
         base=dict(
             facts=[250, 128], pool=12000, steps=300, batch=64, story=0.25, letters=False, moments=[1.0],
         ),
@@ -158,10 +158,10 @@ S = run.settings(
     gpu=dict(
         seeds=5, world=dict(seed=0, n_conditions=96, n_findings=120, families=24),
         sizes={
-            "20k": [32, 1, 1, 3e-3], "0.1M": [64, 2, 2, 3e-3], "0.7M": [128, 4, 4, 2e-3],
-            "5M": [256, 6, 4, 1e-3], "25M": [512, 8, 8, 6e-4],
+            "32x1": [32, 1, 1, 3e-3], "64x2": [64, 2, 2, 3e-3], "128x4": [128, 4, 4, 2e-3],
+            "256x6": [256, 6, 4, 1e-3], "512x8": [512, 8, 8, 6e-4],
         },
-        main="0.7M", keep=["20k", "0.1M", "0.7M"],
+        main="128x4", keep=["32x1", "64x2", "128x4"],
         base=dict(
             facts=[1000, 512], pool=60000, steps=800, batch=256, story=0.25, letters=True,
             moments=[0.3, 0.6, 1.0],
@@ -499,7 +499,8 @@ class Templates:
     people: Sequence[str]
     animals: Sequence[str]
     neutral: Sequence[str]
-    words: Sequence[str]
+    words: Sequence[str]  # the polysemous words of nonliteral and bystander sentences
+    barred: Sequence[str] = ()  # words that no sentence of the split may name
 
 
 TRAIN = Templates(
@@ -524,6 +525,7 @@ TRAIN = Templates(
     animals="dog cat horse cow rabbit pony sheep canary".split(),
     neutral="bread paper leather marble cotton honey timber coffee silver butter cheese wool".split(),
     words=TRAIN_WORDS,
+    barred=TEST_WORDS,
 )  # fmt: skip
 
 # %% tags=["hide-input"]
@@ -573,9 +575,10 @@ def terms_for(item: Item, world: World, kind: str, templates: Templates = TEST) 
     if kind == "neutral":
         return list(templates.neutral)
     if kind == "echo":
-        return [f for f, x in item.findings.items() if x > 0]
+        return [f for f, x in item.findings.items() if x > 0 and f not in templates.barred]
     right = kind == "bystander_congruent"
-    free = [f for f in world.findings if f not in item.findings and (right or f in templates.words)]
+    free = [f for f in world.findings if f not in item.findings and f not in templates.barred]
+    free = [f for f in free if right or f in templates.words]
     return [f for f in free if (d := owner(world, item, f)) and (d == item.answer) is right]
 
 
@@ -1094,10 +1097,10 @@ def evaluate(
     """
     if mode not in ("loglik", "generate"):
         raise ValueError(f"mode: {mode!r}; accepted: loglik, generate")
-    if isinstance(llm, SharedPrefixLLM):
-        encode_items(llm, items, style, mode)  # names the item that cannot be read
     for item in items:
         check_item(item)
+    if isinstance(llm, SharedPrefixLLM):
+        encode_items(llm, items, style, mode)  # names the item that cannot be read
     talks = [conversation(item, style, mode) for item in items]
     right = np.array([item.options.index(item.answer) for item in items])
     if mode == "loglik":
@@ -1352,7 +1355,8 @@ def transformers_encoder(
     """
     if pooling not in ("cls", "mean"):
         raise ValueError(f"pooling: {pooling!r}; accepted: cls, mean")
-    model, tokenizer = AutoModel.from_pretrained(path).eval(), AutoTokenizer.from_pretrained(path)
+    model = AutoModel.from_pretrained(path).eval()
+    tokenizer = AutoTokenizer.from_pretrained(path, padding_side="right")  # CLS stays in front
 
     @torch.no_grad()
     def encode(texts: list[str]) -> np.ndarray:
@@ -1403,7 +1407,7 @@ def bm25_ranks(queries: list[str], paragraphs: list[str]) -> np.ndarray | None:
 # stories about named people and animals who have findings, words in their everyday sense, and questions such
 # as "Who has fever?". A quarter of the training rows are of that kind; the rest are clean items. The frames
 # are again others than those of any inserted sentence. Before that, a short phase of *facts* teaches what is
-# typical of which condition, as a textbook would: without it a small model copies one of the four names for
+# typical of which condition and what speaks against it, in lists without prose: without it a small model copies one of the four names for
 # hundreds of steps before it reads the chart at all.
 
 # %% tags=["hide-input"]
@@ -1438,11 +1442,16 @@ def story(world: World, rng: random.Random) -> tuple[str, str]:
 
 
 def facts(world: World, seed: int, n: int) -> list[tuple[str, str]]:
-    """n rows: one to three findings that speak for a condition, and its name."""
+    """n rows: one to three findings that speak for a condition, or a whole chart in short, and the name."""
     rng, rows = random.Random(f"facts {seed}"), []
     for _ in range(n):
-        condition = rng.choice(world.conditions)
-        signs = rng.sample(world.typical(condition), rng.choice((1, 2, 2, 3)))
+        if rng.random() < 0.5:
+            item = make_item(world, rng)
+            condition, x = item.answer, list(item.findings.items())
+            signs = [f"{'no ' * (v < 0)}{f}" for f, v in rng.sample(x, len(x))]
+        else:
+            condition = rng.choice(world.conditions)
+            signs = rng.sample(world.typical(condition), rng.choice((1, 2, 2, 3)))
         rows.append((f"With {', '.join(signs)}: {ANSWER}", condition))
     return rows
 
@@ -1528,7 +1537,7 @@ def make_model(size: Sequence, tokenizer, seed: int) -> LlamaForCausalLM:
     hidden, layers, heads, _ = size
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=-(-len(tokenizer) // 8) * 8, hidden_size=hidden, intermediate_size=4 * hidden,
+        vocab_size=-(-len(tokenizer) // 8) * 8, hidden_size=hidden, intermediate_size=2 * hidden,
         num_hidden_layers=layers, num_attention_heads=heads, max_position_embeddings=320,
         tie_word_embeddings=True, initializer_range=hidden**-0.5, bos_token_id=None,
         pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
