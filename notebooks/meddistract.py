@@ -61,6 +61,7 @@ import json
 import math
 import random
 import re
+import textwrap
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -112,17 +113,18 @@ for i, (line, colour) in enumerate(story_lines):
 axes[0].set(xticks=[], yticks=[])
 axes[0].grid(False)
 plots.label(axes[0], "the inserted sentence is orange", "stem")
-for k, (name, scores) in enumerate({"who has it?": [3, 0], "bag of findings": [3, 4]}.items()):
+for k, (name, scores) in enumerate({"who has it?": [2, 0], "bag of findings": [2, 3]}.items()):
     axes[1].barh(np.arange(2) + (k - 0.5) * 0.38, scores, 0.36, label=name, color=plots.PALETTE[k])
-axes[1].set_yticks([0, 1], ["brona (fever +3)", "zelia (tremor +4)"])
+axes[1].set_yticks([0, 1], ["brona (fever +2)", "zelia (tremor +3)"])
 axes[1].invert_yaxis()
-axes[1].legend(fontsize=9, loc="lower right")
+axes[1].set_xlim(0, 5.5)
+axes[1].legend(fontsize=9, loc="center right")
 plots.label(axes[1], "score (1)", "option")
 plots.show(
     figure,
     alt="Left: a short case with one inserted sentence about a neighbour's dog that has tremor. Right: "
-    "scores of two options. A reader that asks who has a finding gives 3 to the right option and 0 to the "
-    "other; a bag of findings gives 3 and 4, so that the inserted word decides.",
+    "scores of two options. A reader that asks who has a finding gives 2 to the right option and 0 to the "
+    "other; a bag of findings gives 2 and 3, so that the inserted word decides.",
     caption="One sentence about somebody else changes the answer of a reader that only counts words.",
 )
 
@@ -297,16 +299,18 @@ ENDINGS = "nia lia xia rosis metis phara tria dola vyra kosis".split()
 def make_world(seed: int, n_conditions: int = 96, n_findings: int = 120, families: int = 24) -> World:
     """A world with known weights: 3 findings shared by a family, 3 own ones, up to 2 that exclude.
 
-    Three quarters of the findings are polysemous, test and training words in their proportion. Raises
-    ValueError unless the families are equally large (2 or more) and there are enough findings and words.
+    Three quarters of the findings are polysemous, test and training words in their proportion; each condition
+    owns one test word, so that all of them can be inserted. Raises ValueError unless the families are equally
+    large (2 or more) and there are enough findings.
     """
     size = n_conditions // max(families, 1)
     if families < 1 or size * families != n_conditions or size < 2:
         raise ValueError(
             f"families: {families} does not divide n_conditions {n_conditions} into groups of 2 or more"
         )
-    if not 3 + 3 * size <= n_findings <= len(POLYSEMOUS) + len(SINGLE):
-        raise ValueError(f"n_findings: {n_findings}; accepted: {3 + 3 * size} to 131")
+    most = len(POLYSEMOUS) + len(SINGLE)
+    if not 5 * size <= n_findings <= most:
+        raise ValueError(f"n_findings: {n_findings}; accepted: {5 * size} to {most}")
     rng, many = random.Random(seed), min(len(POLYSEMOUS), round(0.75 * n_findings))
     test = round(many * len(TEST_WORDS) / len(POLYSEMOUS))
     findings = [*rng.sample(TEST_WORDS, test), *rng.sample(TRAIN_WORDS, many - test)]
@@ -316,16 +320,18 @@ def make_world(seed: int, n_conditions: int = 96, n_findings: int = 120, familie
         first, second = (rng.choice(ONSETS) + rng.choice(VOWELS) for _ in range(2))
         names[f"{first}{second}{rng.choice(ENDINGS)}"] = None
     weights = np.zeros((n_conditions, n_findings), dtype=int)
+    unseen = [i for i, f in enumerate(findings) if f in TEST_WORDS]
+    others = [i for i, f in enumerate(findings) if f not in TEST_WORDS]
     for i in range(families):
         members = range(i * size, (i + 1) * size)
-        drawn = rng.sample(range(n_findings), 3 + 3 * size)
-        own = {d: drawn[3 + 3 * k : 6 + 3 * k] for k, d in enumerate(members)}
+        marks, drawn = rng.sample(unseen, size), rng.sample(others, 3 + 2 * size)
+        own = {d: [marks[k], *drawn[3 + 2 * k : 5 + 2 * k]] for k, d in enumerate(members)}
         for f in drawn[:3]:
             weights[members, f] = rng.randint(1, 2)
         for d in members:
             weights[d, own[d]] = [rng.randint(2, 3) for _ in range(3)]
-            others = [f for e in members if e != d for f in own[e]]
-            for f in rng.sample(others, rng.randint(0, 2)):
+            foreign = [f for e in members if e != d for f in own[e]]
+            for f in rng.sample(foreign, rng.randint(0, 2)):
                 weights[d, f] = -rng.randint(1, 2)
     return World(list(names), findings, weights, np.arange(n_conditions) // size)
 
@@ -427,8 +433,12 @@ def draw_chart(world: World, rng: random.Random, options: Sequence[str]) -> dict
 
 
 # %%
-def make_item(world: World, rng: random.Random, difficulty: str = "hard", name: str = "item") -> Item:
+def make_item(
+    world: World, rng: random.Random, difficulty: str = "hard", name: str = "item", answer: str = ""
+) -> Item:
     """An item whose answer leads by 2 or more; difficulty: "hard" (one family) or "easy" (four families).
+
+    answer: the condition that is right (drawn where none is given).
 
     No finding is named twice, and the answer keeps a finding of its own that the chart does not name.
     Raises ValueError for another difficulty.
@@ -436,14 +446,14 @@ def make_item(world: World, rng: random.Random, difficulty: str = "hard", name: 
     if difficulty not in ("hard", "easy"):
         raise ValueError(f"difficulty: {difficulty!r}; accepted: hard, easy")
     while True:
-        target = rng.randrange(len(world.conditions))
+        target = world.conditions.index(answer or rng.choice(world.conditions))
         near = world.family == world.family[target]
         pool = [int(d) for d in np.flatnonzero(near if difficulty == "hard" else ~near) if d != target]
         options = [world.conditions[d] for d in (target, *rng.sample(pool, 3))]
         for _ in range(8):
             x = draw_chart(world, rng, options)
-            answer, margin = world.decide(x, options)
-            if 3 <= len(x) <= 6 and answer == options[0] and margin >= 2:
+            best, margin = world.decide(x, options)
+            if 3 <= len(x) <= 6 and best == options[0] and margin >= 2:
                 return write_item(world, rng, options, x, name, margin)
 
 
@@ -678,13 +688,17 @@ VARIANTS = {
 def make_variants(world: World, n: int, seed: int, templates: Templates = TEST) -> dict[str, list[Item]]:
     """{variant: n items}: the same items clean and with each kind of sentence.
 
-    Items and sentences have random streams of their own. Nonliteral and bystander sentences of an item name
-    the same term. An item without such a term is not used.
+    All conditions are right equally often. Items and sentences have random streams of their own. Nonliteral
+    and bystander sentences of an item name the same term; an item without such a term is not used.
     """
     items_rng, rng = random.Random(f"items {seed}"), random.Random(f"sentences {seed}")
     found: dict[str, list[Item]] = {name: [] for name in VARIANTS}
+    turns: list[str] = []
     while len(found["clean"]) < n:
-        item = make_item(world, items_rng, name=f"{seed}-{len(found['clean'])}")
+        at = len(found["clean"])
+        if at % len(world.conditions) == 0:
+            turns = items_rng.sample(world.conditions, len(world.conditions))
+        item = make_item(world, items_rng, name=f"{seed}-{at}", answer=turns[at % len(turns)])
         if not terms_for(item, world, "bystander", templates):
             continue
         common = rng.choice(terms_for(item, world, "bystander", templates))
@@ -1407,8 +1421,8 @@ def bm25_ranks(queries: list[str], paragraphs: list[str]) -> np.ndarray | None:
 # stories about named people and animals who have findings, words in their everyday sense, and questions such
 # as "Who has fever?". A quarter of the training rows are of that kind; the rest are clean items. The frames
 # are again others than those of any inserted sentence. Before that, a short phase of *facts* teaches what is
-# typical of which condition and what speaks against it, in lists without prose: without it a small model copies one of the four names for
-# hundreds of steps before it reads the chart at all.
+# typical of which condition and what speaks against it, in lists without prose: without it a small model
+# copies one of the four names for hundreds of steps before it reads the chart at all.
 
 # %% tags=["hide-input"]
 NAMES = "Tom Anna Paul Mia Leo Ida Max Eva Jan Lea Ben Zoe Karl Nora Finn Clara".split()
@@ -1755,7 +1769,7 @@ def rag_sweep(
 def attribute(model, tokenizer, items: Sequence[Item]) -> tuple[float, float]:
     """|gradient x embedding| of best wrong minus right logit: at the inserted term, per chart finding.
 
-    Both as a share of the whole prompt's sum, mean over items.
+    Both as a share of the stem's sum, mean over items.
     """
     shares = []
     for item in items:
@@ -1772,7 +1786,8 @@ def attribute(model, tokenizer, items: Sequence[Item]) -> tuple[float, float]:
         words = tokenizer.convert_ids_to_tokens(prompt)
         at = [i for i, w in enumerate(words) if w == item.meta["term"]]
         chart = [i for i, w in enumerate(words) if w in item.findings]
-        shares.append((size[at].mean() / size.sum(), size[chart].mean() / size.sum()))
+        whole = size[: words.index("[A]")].sum()  # the option names, which are copied, stand behind the stem
+        shares.append((size[at].mean() / whole, size[chart].mean() / whole))
     return tuple(np.mean(shares, 0).tolist())
 
 
@@ -2135,24 +2150,28 @@ def sizes_of(results, prefix: str) -> list[str]:
     return sorted(names, key=lambda n: float(results.arrays[f"parameters/{n}"][0]))
 
 
+def half_width(values: np.ndarray, n: int) -> float:
+    """Half of the 95 % interval of a mean accuracy: t over three seeds or more, else binomial over items."""
+    if len(values) > 2:
+        return scipy.stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
+    return 1.96 * math.sqrt(values.mean() * (1 - values.mean()) / (n * len(values)))
+
+
 def draw_variants(results):
-    """Accuracy per variant and size, mean over seeds with its 95 % t interval."""
+    """Accuracy per variant and size, mean over seeds with its 95 % interval."""
     figure, ax = plt.subplots(figsize=(8.2, 3.4))
     sizes = sizes_of(results, "accuracy")
     for i, variant in enumerate(LABELS):
         values = [results.arrays[f"accuracy/{n}"][:, i] for n in sizes]
         at = np.arange(len(sizes)) + (i - 2.5) * 0.13
-        half = [
-            scipy.stats.t.ppf(0.975, len(v) - 1) * v.std(ddof=1) / len(v) ** 0.5 if len(v) > 1 else 0
-            for v in values
-        ]
+        half = [half_width(v, int(results.arrays["correct/n"][0])) for v in values]
         ax.bar(at, [v.mean() for v in values], 0.12, yerr=half, color=STYLE[variant]["color"], label=variant,
                error_kw=dict(elinewidth=1))  # fmt: skip
     ax.axhline(0.25, color="#000000", linewidth=0.8, linestyle=":")
     ax.set_xticks(range(len(sizes)), sizes)
     ax.set_ylim(0, 1)
     ax.legend(ncols=3, fontsize=9, loc="upper left", bbox_to_anchor=(0, 1.28))
-    plots.label(ax, "parameters", "accuracy (1)")
+    plots.label(ax, "hidden size x layers", "accuracy (1)")
     return figure
 
 
@@ -2256,6 +2275,42 @@ if "correct/clean" in here.arrays:
 
 
 # %% [markdown]
+# One item in full, its inserted sentence in orange, and what two sizes make of it:
+
+
+# %% tags=["figure", "hide-input"]
+def draw_item(results, index: int = 0, kind: str = "nonliteral"):
+    """A stem with its inserted sentence, and option probabilities before and after, two sizes."""
+    item, sizes = exam(key, S.test["n"])[kind][index], sizes_of(results, "probabilities")
+    sizes = [sizes[0], sizes[-1]] if len(sizes) > 1 else sizes
+    figure, axes = plt.subplots(1, 1 + len(sizes), figsize=(9.6, 3.2), width_ratios=[2, *[1] * len(sizes)])
+    for i, line in enumerate(sentences(item.stem)):
+        inserted = line == item.meta["sentence"]
+        axes[0].text(0, 0.94 - 0.11 * i, line, fontsize=8, color=plots.PALETTE[1] if inserted else "#000000")
+    axes[0].set(xticks=[], yticks=[])
+    axes[0].grid(False)
+    plots.label(axes[0], f"right: {item.answer}; owner of the term: {item.meta['owner']}", "stem")
+    for ax, size in zip(axes[1:], sizes, strict=True):
+        p = results.arrays[f"probabilities/{size}"]
+        for k, (name, v) in enumerate({"clean": 0, kind: LABELS.index(kind)}.items()):
+            ax.barh(np.arange(4) + (k - 0.5) * 0.38, p[v, index], 0.36, color=plots.PALETTE[k], label=name)
+        ax.set_yticks(range(4), item.options if ax is axes[1] else [""] * 4)
+        ax.set_xlim(0, 1)
+        ax.invert_yaxis()
+        plots.label(ax, "probability (1)", " ", size)
+    axes[-1].legend(fontsize=8)
+    return figure
+
+
+if sizes_of(here, "probabilities"):
+    plots.show(
+        draw_item(here),
+        alt="A case in words with its inserted sentence in orange; beside it bars of the four options' "
+        "probabilities without and with that sentence, for the smallest and the largest saved size.",
+        caption="The sentence concerns nobody in the room; the answer of the clinic is the same.",
+    )
+
+# %% [markdown]
 # The continued arms and the sceptic's rule, on the main size:
 
 
@@ -2330,7 +2385,7 @@ plots.show(
 
 # %% [markdown]
 # What moves the decision? The gradient of the log-likelihood of the best wrong option against the right one,
-# times the embedding, at the inserted term and at a finding of the chart (share of the whole prompt):
+# times the embedding, at the inserted term and at a finding of the chart (share of the whole stem):
 
 
 # %% tags=["figure", "hide-input"]
@@ -2343,7 +2398,7 @@ def draw_attribution(results):
             values = [results.arrays[f"attribution/{n}"][k, j] for n in sizes]
             ax.bar(np.arange(len(sizes)) + (j - 0.5) * 0.35, values, 0.33, color=style["color"], label=what)
         ax.set_xticks(range(len(sizes)), sizes)
-        plots.label(ax, "parameters", "share of attribution (1)", kind)
+        plots.label(ax, "hidden size x layers", "share of attribution (1)", kind)
     axes[0].legend(fontsize=9)
     return figure
 
@@ -2368,7 +2423,7 @@ shown = book or here
 if sizes_of(shown, "accuracy"):
     plots.show(
         draw_variants(shown), alt=f"Recorded run. {VARIANTS_ALT}",
-        caption=f"Profile {shown.profile}; bars: mean over seeds, 95 % t interval.",
+        caption=f"Profile {shown.profile}; bars: mean over seeds, 95 % interval.",
     )  # fmt: skip
 
 # %% tags=["figure", "hide-input"]
@@ -2464,7 +2519,7 @@ def draw_options(item: Item, rows: Mapping[str, np.ndarray], title: str):
     ax.invert_yaxis()
     ax.set_xlim(0, 1)
     ax.legend(fontsize=9, loc="lower right")
-    plots.label(ax, "probability (1)", "option", title)
+    plots.label(ax, "probability (1)", "option", textwrap.fill(title, 58))
     return figure
 
 

@@ -96,6 +96,7 @@ def test_weights_are_those_that_the_chapter_describes() -> None:
     for d in range(96):
         row = BIG.weights[d]
         assert (row > 0).sum() == 6 and (row < 0).sum() <= 2
+        assert sum(f in q.TEST_WORDS for f in BIG.typical(BIG.conditions[d])) == 1
         mates = BIG.weights[(BIG.family == BIG.family[d])]
         assert ((mates > 0).all(0)).sum() == 3, "three findings are shared by the family"
     assert len(BIG.findings) == 120 and len(set(BIG.findings) & set(q.POLYSEMOUS)) >= 60
@@ -106,6 +107,8 @@ def test_options_alone_say_nothing() -> None:
     """All positions and all conditions of a family are right equally often (chi-square)."""
     rng = random.Random(1)
     items = [q.make_item(WORLD, rng) for _ in range(1200)]
+    exam = q.make_variants(WORLD, 48, 2)["clean"]
+    assert Counter(i.answer for i in exam) == dict.fromkeys(WORLD.conditions, 2), "the exam is balanced"
     places = Counter(i.options.index(i.answer) for i in items)
     answers = Counter(i.answer for i in items)
     assert scipy.stats.chisquare(list(places.values())).pvalue > 1e-3
@@ -687,9 +690,7 @@ def write_real(
 def test_medqa_in_its_published_format(tmp_path) -> None:
     found = q.load_medqa(*write_real(tmp_path))
     assert [i.answer for i in found["clean"]] == ["Nitrofurantoin", "Mother"]
-    assert found["distracted"][0].stem.endswith(
-        "urination. Her zodiac sign is Cancer. What now?"
-    )
+    assert found["distracted"][0].stem.endswith("urination. Her zodiac sign is Cancer. What now?")
     assert found["distracted"][1].options == found["clean"][1].options
     prompt = q.item_prompt(found["clean"][0], "paper")
     assert (
