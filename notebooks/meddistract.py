@@ -73,11 +73,10 @@ import numpy as np
 import readrun
 import scipy.stats
 import torch
-from readrun import bench, picker, plots, tables, train
+from readrun import bench, lm, picker, plots, tables, train
 from readrun.llm import LLM, Reply, Usage
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -1455,6 +1454,7 @@ def story(world: World, rng: random.Random) -> tuple[str, str]:
     return f"Story: {text} Does {x} have {f}?", "yes" if has.get(f) == x else "no"
 
 
+# %%
 def facts(world: World, seed: int, n: int) -> list[tuple[str, str]]:
     """n rows: one to three findings that speak for a condition, or a whole chart in short, and the name."""
     rng, rows = random.Random(f"facts {seed}"), []
@@ -1503,6 +1503,9 @@ def training_rows(
 
 
 # %%
+PIECE = r"\[[A-D]\]|\w+|[^\w\s]"
+
+
 @functools.lru_cache
 def vocabulary() -> tuple[str, ...]:
     """Every word that any template, world or list of the chapter can produce, sorted."""
@@ -1529,34 +1532,26 @@ def vocabulary() -> tuple[str, ...]:
     texts += ["Question: Context: Story: Who has Does have? yes no She Her He His she her he his woman man"]
     texts += [*build_textbook(make_world(0), 0), "The With . , : ? ! - [A] [B] [C] [D]"]
     texts += ["160 168 176 184 192"]
-    words = {w for text in texts for w in re.findall(r"\[[A-D]\]|\w+|[^\w\s]", re.sub(r"\{.*?\}", " ", text))}
+    words = {w for text in texts for w in re.findall(PIECE, re.sub(r"\{.*?\}", " ", text))}
     return tuple(sorted(words | {w[0].upper() + w[1:] for w in TRAIN.animals}))
 
 
 # %%
 def make_tokenizer(world: World) -> PreTrainedTokenizerFast:
     """Word-level tokenizer of the chapter; each condition, finding and bracketed letter is one token."""
-    words = ["<pad>", "<unk>", "</s>", *dict.fromkeys([*vocabulary(), *world.conditions])]
-    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
-    pattern = Regex(r"\[[A-D]\]|\w+|[^\w\s]")
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(pattern, "removed", invert=True)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", eos_token="</s>",
-        padding_side="left", clean_up_tokenization_spaces=False,
-    )  # fmt: skip
+    return lm.word_tokenizer(
+        [" ".join(vocabulary()), " ".join(world.conditions)], pattern=PIECE, padding_side="left"
+    )
 
 
 def make_model(size: Sequence, tokenizer, seed: int) -> LlamaForCausalLM:
     """An untrained Llama; size: [hidden size, layers, heads, learning rate]."""
     hidden, layers, heads, _ = size
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=-(-len(tokenizer) // 8) * 8, hidden_size=hidden, intermediate_size=2 * hidden,
-        num_hidden_layers=layers, num_attention_heads=heads, max_position_embeddings=320,
-        tie_word_embeddings=True, initializer_range=hidden**-0.5, bos_token_id=None,
-        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
+    config = lm.causal_config(
+        "llama", tokenizer, width=hidden, depth=layers, heads=heads, context=320,
+        intermediate_size=2 * hidden, initializer_range=hidden**-0.5,
     )  # fmt: skip
-    return LlamaForCausalLM(config).to(run.device)
+    return lm.causal_lm(config, seed).to(run.device)
 
 
 # %%
