@@ -164,10 +164,10 @@ S = run.settings(
         },
         main="128x4", keep=["32x1", "64x2", "128x4"],
         base=dict(
-            facts=[1000, 512], pool=60000, steps=800, batch=256, story=0.25, letters=True,
+            facts=[1000, 512], pool=40000, steps=800, batch=256, story=0.25, letters=True,
             moments=[0.3, 0.6, 1.0],
         ),
-        more=dict(medical=1800, augmented=300, context=300, lr_factor=0.5, pool=30000),
+        more=dict(medical=1800, augmented=300, context=300, lr_factor=0.5, pool=15000),
         test=dict(n=1273), rag=dict(ranks=[1, 2, 5, 10, 20, 50, 100, 200], fillers=400, items=1273),
         attribution=64, coverage=dict(n=1273, draws=4000), generate=256,
         score=dict(batch=64, prompt=300, option=8, repeats=10, items=4,
@@ -865,6 +865,13 @@ def score_options(model, prompts, options, pad_id: int = 0) -> list[list[float]]
     return out
 
 
+def padding_share(encoded: Sequence[tuple], batch_size: int) -> float:
+    """Share of prompt slots that are padding when prompts are sorted by length."""
+    lengths = sorted(len(prompt) for prompt, _ in encoded)
+    rows = [lengths[i : i + batch_size] for i in range(0, len(lengths), batch_size)]
+    return 1 - sum(lengths) / sum(max(row) * len(row) for row in rows)
+
+
 def score_encoded(model, encoded: Sequence[tuple], pad_id: int, batch_size: int) -> list[list[float]]:
     """`score_options` of many (prompt ids, option ids), in batches of similar length."""
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i][0]))  # so that padding is rare
@@ -1257,6 +1264,19 @@ def robustness_vs_baseline(base, dist, runs, floor: float = 0.35, draws: int = 2
 
 
 # %%
+def size_at_matched_baseline(
+    base, dist, sizes, floor: float = 0.35, within: float = 0.03
+) -> tuple[float, int]:
+    """Mean relative loss of the smaller minus the larger model over pairs whose half-A baselines are close.
+
+    sizes: (models,) parameters. Returns (difference, pairs); NaN and 0 where no pair is close.
+    """
+    a, relative, kept = half_split(np.asarray(base, float), np.asarray(dist, float), floor)
+    pairs = [(i, j) for i in np.flatnonzero(kept) for j in np.flatnonzero(kept)
+             if sizes[i] < sizes[j] and abs(a[i] - a[j]) <= within]  # fmt: skip
+    return (float(np.mean([relative[i] - relative[j] for i, j in pairs])) if pairs else math.nan), len(pairs)
+
+
 def coverage(table: Sequence[float], n: int, draws: int, seed: int = 0) -> dict[str, np.ndarray]:
     """Does the 95 % interval cover the true loss? One (draws,) bool array per form of the standard error.
 
@@ -1620,6 +1640,13 @@ def rows_of(
     return encode_rows(tokenizer, training_rows(made, seed, n, story_share, distract, pages, letters))
 
 
+@functools.lru_cache(maxsize=2)
+def facts_of(world: tuple, seed: int, n: int):
+    """Encoded facts, made once per process and seed for all sizes."""
+    made, tokenizer = clinic_of(*world)
+    return encode_rows(tokenizer, facts(made, seed, n))
+
+
 TEST_SEED = 1_000_000  # no training run has it
 
 
@@ -1662,7 +1689,7 @@ def train_base(
     key, n = tuple(world.values()), test["n"]
     tokenizer = clinic_of(*key)[1]
     model, (steps, batch) = make_model(size, tokenizer, seed), base["facts"]
-    known = encode_rows(tokenizer, facts(clinic_of(*key)[0], seed, 60 * batch))
+    known = facts_of(key, seed, 60 * batch)
     learn_facts = train.Updater(model, size[3], steps=steps, warmup=max(1, steps // 20))
     train.fit(learn_facts, batches(*known, steps, batch, seed), answer_loss, f"{name} seed {seed}: facts")
     data = rows_of(key, seed, base["pool"], base["story"], 0.0, 0, base["letters"])
@@ -2043,15 +2070,17 @@ def gather_accuracy(metrics: dict, arrays: dict) -> None:
             metrics.setdefault("accuracy_clean", {})[arm] = right[:, 0].tolist()
             for kind in ("nonliteral", "bystander"):
                 metrics.setdefault(f"drop_{kind}", {})[arm] = (right[:, 0] - right[:, at[kind]]).tolist()
-    packed, runs = {k: [] for k in ("clean", "neutral", "nonliteral", "bystander")}, []
+    packed, runs, sizes = {k: [] for k in ("clean", "neutral", "nonliteral", "bystander")}, [], []
     for i, unit in enumerate(u for k, u in trained.items() if k[0] == "base" and u.done):
         for moment in unit["picks"] == answers:
             runs.append(i)
+            sizes.append(unit["parameters"])
             for kind in packed:
                 packed[kind].append(np.packbits(moment[at[kind]]))
     if runs:
         arrays |= {f"correct/{kind}": np.array(rows) for kind, rows in packed.items()}
         arrays |= {"correct/n": np.array([len(answers)]), "correct/runs": np.array(runs)}
+        arrays["correct/sizes"] = np.array(sizes)
         arrays["cluster/run"] = np.arange(len(set(runs)))
 
 
@@ -2257,16 +2286,28 @@ ROBUST_ALT = (
     "Scatter of models: relative loss on one half of the items against clean accuracy on the other half, "
     "with the naive absolute loss in grey behind it. A dotted line marks the floor of 0.35."
 )
+
+
+def tell_robustness(results) -> str:
+    """The correlation with its cluster bootstrap, the naive one, the effect of size at equal baselines."""
+    n = int(results.arrays["correct/n"][0])
+    right = {k: np.unpackbits(results.arrays[f"correct/{k}"], axis=1)[:, :n].astype(float)
+             for k in ("clean", "nonliteral", "bystander")}  # fmt: skip
+    base, dist = right["clean"], (right["nonliteral"] + right["bystander"]) / 2
+    found = robustness_vs_baseline(base, dist, results.arrays["correct/runs"])
+    gap, pairs = size_at_matched_baseline(base, dist, results.arrays["correct/sizes"])
+    return (
+        f"rho {found['rho']:.2f} [{found['low']:.2f}, {found['high']:.2f}] over {found['n']} models, "
+        f"naive {found['naive']:.2f}; at equal baselines (within 0.03, {pairs} pairs) the smaller model "
+        f"loses {gap:+.3f} more of its share"
+    )
+
+
 if "correct/clean" in here.arrays:
     plots.show(
         draw_robustness(here), alt=f"This run. {ROBUST_ALT}", caption="Every dot is one model at one moment."
     )
-    correct = {k: np.unpackbits(here.arrays[f"correct/{k}"], axis=1)[:, : len(answers)] for k in
-               ("clean", "nonliteral", "bystander")}  # fmt: skip
-    found = robustness_vs_baseline(
-        correct["clean"], (correct["nonliteral"] + correct["bystander"]) / 2, here.arrays["correct/runs"]
-    )
-    print({k: v if k == "n" else round(v, 3) for k, v in found.items() if k != "pseudo"})
+    print(tell_robustness(here))
 
 
 # %% [markdown]
@@ -2424,6 +2465,7 @@ if sizes_of(shown, "accuracy"):
 # %% tags=["figure", "hide-input"]
 if "correct/clean" in shown.arrays:
     plots.show(draw_robustness(shown), alt=f"Recorded run. {ROBUST_ALT}", caption=f"Profile {shown.profile}.")
+    print(tell_robustness(shown))
 plots.show(
     draw_rag(shown),
     alt=f"Recorded run. {RAG_ALT}",
@@ -2461,6 +2503,10 @@ def cost_rows(results) -> list[dict]:
     return [*rows, bench.row(name, ms, "items/s", achieved=1e3 / ms, peer=shared)]
 
 
+print(
+    "padding in batches of 64, sorted by length: "
+    f"{padding_share(encoded_exam(key, S.test['n'], 'clean'), 64):.1%}"
+)
 tables.bench(cost_rows(shown))
 
 # %% [markdown]

@@ -470,6 +470,21 @@ def test_robustness_finds_what_is_there() -> None:
     assert q.robustness_rho({}, arrays)["base"] == pytest.approx(list(found["pseudo"].values()))
 
 
+def test_size_at_equal_baselines_by_hand() -> None:
+    base = np.zeros((3, 20))
+    base[:, :16] = 1  # 0.8 on both halves
+    dist = base.copy()
+    dist[0, 1:12:2] = 0  # the smallest model loses 6 of the 8 it has on half B
+    gap, pairs = q.size_at_matched_baseline(base, dist, [10, 20, 30])
+    assert pairs == 3 and gap == pytest.approx((2 * 0.6 / 0.55 + 0) / 3)
+    assert q.size_at_matched_baseline(base * 0, dist, [1, 2, 3])[1] == 0
+
+
+def test_padding_share_by_hand() -> None:
+    encoded = [([1] * n, []) for n in (4, 1, 2, 3)]
+    assert q.padding_share(encoded, 2) == pytest.approx(1 - 10 / 12)
+
+
 def test_coverage_of_both_forms() -> None:
     """Independent errors: both forms are right. Agreeing errors: the unpaired form covers too often."""
     independent = [0.56, 0.24, 0.14, 0.06]
