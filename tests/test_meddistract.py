@@ -615,6 +615,21 @@ def test_answer_loss_is_the_mean_log_likelihood_of_answers() -> None:
     assert q.answer_loss(model, (ids, labels)).item() == pytest.approx(-sum(expected).item() / 5, rel=1e-5)
 
 
+def test_the_gpu_path_in_bfloat16() -> None:
+    """Training under bf16 autocast and scoring with bf16 weights, as on a GPU, on tiny shapes."""
+    model = tiny(vocab=16)
+    ids = torch.tensor([[5, 6, 7, 8, 2, 0]] * 2)
+    labels = torch.tensor([[-100, -100, 7, 8, 2, -100]] * 2)
+    exact = q.answer_loss(model, (ids, labels)).item()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = q.answer_loss(model, (ids, labels))
+    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(exact, rel=0.05)
+    prompts, options = [[3, 4, 5], [6, 7]], [[[8, 9], [10], [11, 3], [4]]] * 2
+    expected = np.array(q.score_options(model, prompts, options))
+    half = np.array(q.score_options(model.bfloat16(), prompts, options))
+    assert np.isfinite(half).all() and np.abs(half - expected).max() < 0.5
+
+
 def test_batches_visit_every_row_once_per_epoch() -> None:
     ids = torch.arange(1, 13)[:, None].repeat(1, 3)
     seen = [b[0][:, 0].tolist() for b in q.batches(ids, ids, 6, 4, seed=1)]
