@@ -2597,8 +2597,9 @@ GRID = {"item": PLAYED, "variant": LABELS[:5], "size": S.keep[:3]}
 LIVE = {"item": PLAYED, "kind": list(KINDS), "term": [0, 1, 2], "size": S.keep,
         "place": ["before the question", "middle", "first"]}  # fmt: skip
 picker.live(draw_live, LIVE)
-draw_live(0, "bystander", 0, "first", S.keep[0])
-plt.close("all")
+if trained["base", S.keep[0], first].done:  # the live view needs saved weights; try one state of it
+    draw_live(0, "bystander", 0, "first", S.keep[0])
+    plt.close("all")
 picker.picker(
     run, "distracted", draw_played, GRID, alt=tell_played,
     caption="Option probabilities before and after one sentence; the frame marks the right answer.",
