@@ -149,10 +149,10 @@ S = run.settings(
         seeds=3, world=dict(seed=0, n_conditions=24, n_findings=36, families=6),
         sizes={"32x1": [32, 1, 1, 5e-3], "32x2": [32, 2, 2, 6e-3]}, main="32x2", keep=["32x1", "32x2"],
         base=dict(
-            facts=[350, 128], pool=16000, steps=350, batch=48, story=0.25, letters=False, moments=[1.0],
+            facts=[400, 96], pool=14000, steps=300, batch=48, story=0.25, letters=False, moments=[1.0],
         ),
         more=dict(medical=0, augmented=0, context=0, lr_factor=0.5, pool=4000),
-        test=dict(n=480), rag=dict(ranks=[1, 5, 20, 100], fillers=100, items=160), attribution=16,
+        test=dict(n=320), rag=dict(ranks=[1, 5, 20, 100], fillers=100, items=160), attribution=16,
         coverage=dict(n=1273, draws=4000), generate=0,
         score=dict(batch=4, prompt=96, option=4, repeats=5, items=2, shape=[128, 2, 4, 2, 384, 2000]),
     ),
@@ -865,6 +865,7 @@ def score_options(model, prompts, options, pad_id: int = 0) -> list[list[float]]
     return out
 
 
+# %%
 def padding_share(encoded: Sequence[tuple], batch_size: int) -> float:
     """Share of prompt slots that are padding when prompts are sorted by length."""
     lengths = sorted(len(prompt) for prompt, _ in encoded)
@@ -1476,17 +1477,20 @@ def story(world: World, rng: random.Random) -> tuple[str, str]:
 
 # %%
 def facts(world: World, seed: int, n: int) -> list[tuple[str, str]]:
-    """n rows: one to three findings that speak for a condition, or a whole chart in short, and the name."""
+    """n rows without prose: signs of a condition, or a whole chart (half of them with options); and the name."""
     rng, rows = random.Random(f"facts {seed}"), []
     for _ in range(n):
-        if rng.random() < 0.5:
+        kind, choices = rng.choice(("signs", "signs", "chart", "exam", "exam")), ""
+        if kind == "signs":
+            condition = rng.choice(world.conditions)
+            signs = rng.sample(world.typical(condition), rng.choice((1, 2, 2, 3)))
+        else:
             item = make_item(world, rng)
             condition, x = item.answer, list(item.findings.items())
             signs = [f"{'no ' * (v < 0)}{f}" for f, v in rng.sample(x, len(x))]
-        else:
-            condition = rng.choice(world.conditions)
-            signs = rng.sample(world.typical(condition), rng.choice((1, 2, 2, 3)))
-        rows.append((f"With {', '.join(signs)}: {ANSWER}", condition))
+            if kind == "exam":
+                choices = " " + " ".join(f"[{a}] {o}" for a, o in zip("ABCD", item.options, strict=True))
+        rows.append((f"With {', '.join(signs)}:{choices} {ANSWER}", condition))
     return rows
 
 
@@ -2288,6 +2292,7 @@ ROBUST_ALT = (
 )
 
 
+# %% tags=["hide-input"]
 def tell_robustness(results) -> str:
     """The correlation with its cluster bootstrap, the naive one, the effect of size at equal baselines."""
     n = int(results.arrays["correct/n"][0])
