@@ -1477,7 +1477,7 @@ def story(world: World, rng: random.Random) -> tuple[str, str]:
 
 # %%
 def facts(world: World, seed: int, n: int) -> list[tuple[str, str]]:
-    """n rows without prose: signs of a condition, or a whole chart (half of them with options); and the name."""
+    """n rows without prose: signs of a condition, or a whole chart with or without options; and the name."""
     rng, rows = random.Random(f"facts {seed}"), []
     for _ in range(n):
         kind, choices = rng.choice(("signs", "signs", "chart", "exam", "exam")), ""
