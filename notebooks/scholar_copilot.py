@@ -114,8 +114,8 @@ for j, (name, angle) in enumerate(
         6.1, 2.6 - 0.6 * j, f"{name}   q·d = {angle}", fontsize=10, color="#009E73" if j == 0 else "#555555"
     )
 arrow = dict(arrowstyle="->", color="#D55E00", linewidth=1.6)
-ax.annotate("", (6.0, 2.6), (4, 0.35), arrowprops=arrow)
-ax.annotate("", (5, 0.4), (6.6, 2.45), arrowprops=dict(arrowstyle="->", color="#009E73", linewidth=1.6))
+ax.annotate("", (5.95, 2.7), (4, 0.35), arrowprops=arrow)
+ax.annotate("", (5, 0.4), (6.05, 2.5), arrowprops=dict(arrowstyle="->", color="#009E73", linewidth=1.6))
 ax.text(3.9, 1.75, "hidden state = query", color="#D55E00", ha="right", fontsize=10)
 ax.set(xlim=(-0.7, 9.3), ylim=(-0.5, 3.1), xticks=[], yticks=[])
 ax.set_xlabel("tokens, in the order in which they are written (1)")
@@ -1533,7 +1533,7 @@ def continuations(
     Only each `every`-th citation, if at least `least` tokens of text follow it; "which" lists their numbers.
     """
     mark, rng = mark_ids(tok), np.random.default_rng(seed)
-    every, which, tails, heads = list(corpus.docs), [], [], []
+    names, which, tails, heads = list(corpus.docs), [], [], []
     for i, context in enumerate(contexts):
         segments = papers[context.paper].segments
         at = [n for n, s in enumerate(segments) if isinstance(s, Citation)][context.number]
@@ -1546,7 +1546,7 @@ def continuations(
             which.append(i)
             tails.append(words)
             heads.append([ids[0], *ids[1:][-room:], mark[RET]])
-    random = [every[i] for i in rng.integers(0, len(every), len(which))]
+    random = [names[i] for i in rng.integers(0, len(names), len(which))]
     chosen = {
         "gold": [contexts[i].doc for i in which], "retrieved": [top1[i] for i in which], "random": random,
         "empty": [None] * len(which),
@@ -1995,8 +1995,8 @@ def example_of(
 ) -> dict[str, Any]:
     """One test docstring, token by token: p(retrieval token), marks, and the three nearest titles at each."""
     papers = [p for p in corpus.of("test") if len({c.doc for c in p.citations}) >= 2] or corpus.of("test")
-    sizes = [len(encode_paper(p, corpus, tok, 10**9, 6)["input_ids"]) for p in papers]
-    paper = papers[int(np.argmin(np.abs(np.array(sizes) - longest)))]
+    second = [[*encode_paper(p, corpus, tok, 10**9, 6)["ret_pos"], 999][1] for p in papers]
+    paper = papers[int(np.argmin(np.abs(np.array(second) - longest // 2)))]
     coded = encode_paper(paper, corpus, tok, 2 * longest, 6)
     ids, mask = pad_rows([coded["input_ids"]], tok.pad_token_id, index.device)
     with torch.no_grad(), train.autocast(index.device):

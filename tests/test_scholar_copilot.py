@@ -552,6 +552,36 @@ def test_windows_end_at_the_retrieval_token() -> None:
     assert torch.allclose(short[1], want, atol=1e-5) and len(q.window(list(range(50)), 40, 10)) == 10
 
 
+def test_evaluation_measures_what_it_says() -> None:
+    """Ranks against a full sort; C5's losses against the model's own on hand-made rows; C4's lists by hand."""
+    segments = [["we use the", cite("a"), " of and then solve it", cite("b"), " with the method of it" * 3]]
+    test = next(f"m{i}" for i in range(99) if q.split_of(f"m{i}") == "test")
+    papers = [q.Paper(f"p{i}", "toy", test, tuple(s)) for i, s in enumerate(segments)]
+    toy, tok, model = q.Corpus({n: doc(n) for n in "abcd"}, papers, []), tokenizer(), tiny()
+    recipe = dict(max_len=120, content=3, doc_tokens=8)
+    found = q.evaluate(model, tok, toy, recipe, dict(papers=0, batch=4, after=0))
+    index = q.embed_docs(model, tok, [d.text for d in toy.docs.values()], 8)
+    coded = q.encode_paper(papers[0], toy, tok, 120, 3)
+    ids = torch.tensor([coded["input_ids"]])
+    scores = q.embed_queries(model, ids, torch.ones_like(ids), [coded["ret_pos"]]) @ index.T
+    order = scores.argsort(dim=1, descending=True)
+    assert found["ranks"].tolist() == [
+        row.tolist().index(t) + 1 for row, t in zip(order, (0, 1), strict=True)
+    ]
+    for n, k in enumerate(q.KS):
+        lists = {i for row in order[:, : min(k, 4)].tolist() for i in row}
+        assert found["dynamic"][n, 0] == len(lists & {0, 1}) / 2
+    logs = model(input_ids=ids).logits[0].log_softmax(-1)
+    at = coded["ret_pos"][1] + 1 + len(q.content_ids(tok, toy.docs["b"], 3)) + 1  # behind <|cite_end|>
+    tail = coded["input_ids"][at:-1][:32]
+    want = -np.mean([logs[at + n - 1, t].item() for n, t in enumerate(tail)])
+    assert found["after_which"].tolist()[-1] == 1
+    assert found["after_gold"][-1] == pytest.approx(want, abs=1e-4)
+    labels = torch.tensor([coded["labels"]])
+    own = model(input_ids=ids, labels=labels).loss.item()
+    assert found["nll"][0] / found["tokens"][0] == pytest.approx(own, abs=1e-4)
+
+
 # ---------------------------------------------------------------- one's own checkpoint
 
 
