@@ -553,7 +553,7 @@ def test_windows_end_at_the_retrieval_token() -> None:
 
 
 def test_evaluation_measures_what_it_says() -> None:
-    """Ranks against a full sort; C5's losses against the model's own on hand-made rows; C4's lists by hand."""
+    """Ranks against a full sort, C5's losses against the model's own, C4's lists by hand."""
     segments = [["we use the", cite("a"), " of and then solve it", cite("b"), " with the method of it" * 3]]
     test = next(f"m{i}" for i in range(99) if q.split_of(f"m{i}") == "test")
     papers = [q.Paper(f"p{i}", "toy", test, tuple(s)) for i, s in enumerate(segments)]
