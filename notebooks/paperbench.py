@@ -1519,7 +1519,7 @@ def official_data(folder: str) -> dict[str, Any]:
     return {"leaves": leaves, "trees": len(trees), "differ": differ}
 
 
-scored = run.unit(score_trees, count=S.trees, seed=0)
+scored = run.unit(score_trees, count=S.trees, seed=0).ensure()  # seconds: wherever this is drawn
 official = run.unit(official_data, folder=paperbench_dir) if paperbench_dir else None
 print(
     f"{S.trees} trees with {scored['nodes']} nodes: {scored['wrong']} differ, {scored['changed']} "
@@ -1561,7 +1561,7 @@ def check_mutants(papers: list[str], nonces: int) -> dict[str, Any]:
     return {"blunt": sorted(set(blunt)), "outside": outside / total, "total": total}
 
 
-mutants = run.unit(check_mutants, papers=S.papers, nonces=10)
+mutants = run.unit(check_mutants, papers=S.papers, nonces=10).ensure()
 print(
     f"{mutants['total']} mutants, too blunt: {mutants['blunt'] or 'none'}; "
     f"{100 * mutants['outside']:.0f} % give values outside the paper's tolerance"
@@ -2016,7 +2016,7 @@ def run_attacks(names: list[str], timeout: float) -> dict[str, Any]:
 
 
 attacked = run.unit(run_attacks, names=S.attacks, timeout=1.0) if ISOLATED else None
-if attacked and attacked.done:
+if attacked is not None and attacked.done:
     surprises = [name for name, good in attacked["as_expected"].items() if not good]
     print(f"{len(attacked['as_expected'])} attacks, surprises: {surprises or 'none'}")
 
@@ -2319,48 +2319,35 @@ tables.grid(
 
 # %% tags=["figure", "hide-input"]
 PAPER_JUDGES = {
-    "random": (0.1, 0.504),
-    "4o-mini": (8, 0.590),
-    "o3-mini": (66, 0.827),
-    "o1-mini": (72, 0.775),
-    "4o": (120, 0.728),
+    "4o-mini": (8, 0.590), "o3-mini": (66, 0.827), "o1-mini": (72, 0.775), "4o": (120, 0.728),
     "o1": (830, 0.842),
-}
-spent = {
-    name: float(np.mean([u["seconds"][name] for u in judged]))
-    for name in ("random", "majority", "keyword", "linear")
-}
-spent |= (
-    {"lm": float(np.mean([language[i, 0]["seconds"] for i in range(len(splits))]))} if "lm" in JUDGES else {}
-)
-spent |= (
-    {"metric": float(np.mean([v for u in clean.values() for v in np.add(u["seconds"], u["judging"])]))}
-    if "metric" in JUDGES
-    else {}
-)
+}  # fmt: skip
+spent: dict[str, list[float]] = {}
+if chosen:
+    free = ("random", "majority", "keyword", "linear")
+    spent = {name: [u["seconds"][name] for u in judged] for name in free}
+if "lm" in JUDGES:
+    spent["lm"] = [language[i, 0]["seconds"] for i in range(len(splits))]
+if "metric" in JUDGES:
+    spent["metric"] = [a + b for u in clean.values() for a, b in zip(u["seconds"], u["judging"], strict=True)]
 figure, axes = plt.subplots(1, 2, figsize=(7.6, 3.3), sharey=True)
-for k, (name, seconds) in enumerate(spent.items()):
-    axes[0].scatter(max(seconds, 1e-5), tables_of[name][0]["macro F1"], color=plots.PALETTE[k], s=50)
-    axes[0].annotate(
-        name,
-        (max(seconds, 1e-5), tables_of[name][0]["macro F1"]),
-        xytext=(4, 4),
-        textcoords="offset points",
-        fontsize=9,
-    )
-for name, (dollars, f1) in PAPER_JUDGES.items():
-    axes[1].scatter(dollars, f1, color="#777777", s=40)
-    axes[1].annotate(name, (dollars, f1), xytext=(4, 4), textcoords="offset points", fontsize=9)
-axes[0].set(xscale="log", ylim=(0.3, 1.05))
-axes[1].set(xscale="log")
+dots = [(axes[0], k, max(np.mean(v), 1e-5), tables_of[k][0]["macro F1"], plots.PALETTE[i])
+        for i, (k, v) in enumerate(spent.items())]  # fmt: skip
+dots += [(axes[1], k, *place, "#777777") for k, place in PAPER_JUDGES.items()]
+for ax, name, x, y, color in dots:
+    ax.scatter(x, y, color=color, s=45)
+    ax.annotate(name, (x, y), xytext=(4, 4), textcoords="offset points", fontsize=9)
+axes[0].set(xscale="log", ylim=(0.3, 1.08))
+axes[1].set(xscale="log", xlim=(4, 3000))
+axes[1].axhline(0.504, color="#777777", linestyle="--", linewidth=1)
 plots.label(axes[0], "seconds per submission", "macro F1 (1)", "here, toy papers")
 plots.label(axes[1], "dollars per paper", "macro F1 (1)", "the paper, real ones")
 plots.show(
     figure,
-    alt="Two panels of judge quality against cost. Left: our judges, from random through keyword "
-    "and linear to the metric judge near "
-    "one. Right, in grey: the paper's language models between 0.5 and 0.84.",
-    caption="Quality and cost of judges. The two panels are different benchmarks and share only the measure.",
+    alt="Two panels of judge quality against cost. Left: our judges, from random through keyword and linear "
+    "to the metric judge near one. Right, in grey: the paper's language models between 0.5 and 0.84.",
+    caption="Quality and cost of judges; the dashed line is the paper's random judge. The two panels are "
+    "different benchmarks and share only the measure.",
 )
 
 # %% [markdown]
@@ -2420,9 +2407,10 @@ def prompt_tokens(paper: str, count: int, budget: int) -> dict[str, Any]:
 
 MIXTURES = {"low": 0.9, "middle": 0.5, "high": 0.1}
 mixtures = {
-    k: run.unit(code_dev_mixture, papers=S.papers, count=300, honest_runs=v) for k, v in MIXTURES.items()
+    k: run.unit(code_dev_mixture, papers=S.papers, count=300, honest_runs=v).ensure()
+    for k, v in MIXTURES.items()
 }
-tokens = run.unit(prompt_tokens, paper=S.papers[0], count=4, budget=8_000)
+tokens = run.unit(prompt_tokens, paper=S.papers[0], count=4, budget=8_000).ensure()
 saved = 1 - tokens["tokens"][DEVELOPMENT] / sum(tokens["tokens"].values())
 for name, u in mixtures.items():
     print(
@@ -2483,7 +2471,7 @@ def prefix_small(settings: dict[str, Any], seed: int) -> dict[str, Any]:
     return {"reuse": reuse, "reread": reread, "error": (ours[: len(theirs)] - theirs).abs().max().item()}
 
 
-small_prefix = run.unit(prefix_small, settings=S.prefix, seed=0)
+small_prefix = run.unit(prefix_small, settings=S.prefix, seed=0).ensure()
 print(
     f"reuse {1e3 * np.median(small_prefix['reuse']):.2f} ms per leaf, rereading "
     f"{1e3 * np.median(small_prefix['reread']):.2f} ms, "
@@ -2711,7 +2699,7 @@ if all_clean:
     metrics["honest_error"] = {"nonce": honest_error}
     if all(inflation.values()):
         metrics["inflation"] = {d.replace(" ", "_"): list(v.values()) for d, v in inflation.items()}
-if attacked and attacked.done:
+if attacked is not None and attacked.done:
     metrics["attack_surprises"] = {"phase": [sum(not good for good in attacked["as_expected"].values())]}
 if "lm" in JUDGES:
     metrics["lm_seen_f1"] = {"lm": [v for i in range(len(splits)) for v in language[i, 0]["seen"]]}
