@@ -138,8 +138,8 @@ plots.show(
 S = run.settings(
     smoke=dict(
         seeds=1, world=dict(seed=0, n_conditions=24, n_findings=36, families=6),
-        sizes={"32x1": [32, 1, 1, 3e-3]}, main="32x1", keep=["32x1"],
-        base=dict(facts=[10, 32], pool=400, steps=20, batch=16, story=0.25, letters=True, moments=[1.0]),
+        sizes={"16x1": [16, 1, 1, 3e-3], "32x1": [32, 1, 1, 3e-3]}, main="16x1", keep=["16x1"],
+        base=dict(facts=[8, 32], pool=400, steps=12, batch=16, story=0.25, letters=True, moments=[0.5, 1.0]),
         more=dict(medical=4, augmented=4, context=4, lr_factor=0.5, pool=200),
         test=dict(n=64), rag=dict(ranks=[1, 5], fillers=20, items=32), attribution=8,
         coverage=dict(n=200, draws=200), generate=8,
@@ -2464,21 +2464,18 @@ tables.provenance(book) if book else print(
 
 # %% tags=["figure", "hide-input"]
 shown = book or here
-if sizes_of(shown, "accuracy"):
+if book:
     plots.show(
         draw_variants(shown), alt=f"Recorded run. {VARIANTS_ALT}",
         caption=f"Profile {shown.profile}; bars: mean over seeds, 95 % interval.",
     )  # fmt: skip
 
 # %% tags=["figure", "hide-input"]
-if "correct/clean" in shown.arrays:
+if book:
     plots.show(draw_robustness(shown), alt=f"Recorded run. {ROBUST_ALT}", caption=f"Profile {shown.profile}.")
     print(tell_robustness(shown))
-plots.show(
-    draw_rag(shown),
-    alt=f"Recorded run. {RAG_ALT}",
-    caption=f"Profile {shown.profile}; bands: 95 % over seeds.",
-)
+    plots.show(draw_rag(shown), alt=f"Recorded run. {RAG_ALT}", caption="Bands: 95 % over seeds.")
+
 
 # %% tags=["hide-input"]
 tables.grid(arms_table(shown), caption=f"{shown.profile}: accuracy by variant, mean over seeds.")
@@ -2555,7 +2552,7 @@ def probabilities(item: Item, size: str) -> np.ndarray:
 
 
 # %% tags=["widget", "hide-input"]
-PLAYED = [i for i in range(PLAY_ITEMS)]
+PLAYED = list(range(1 if run.profile == "smoke" else PLAY_ITEMS))
 
 
 def draw_options(item: Item, rows: Mapping[str, np.ndarray], title: str):
