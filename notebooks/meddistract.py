@@ -2532,9 +2532,9 @@ tables.compare_runs(book, here)
 # ## Verdicts
 #
 # Computed by rules that were committed before the numbers. Intervals over seeds are paired t intervals, over
-# draws and timings a bootstrap; "exact" numbers have none. A claim is *void* where the models have not learned
-# the clinic well enough to have something to lose: the `cpu` profile trains three seeds for two minutes, which
-# shows directions and need not pass the {term}`competence gate`.
+# draws and timings a bootstrap; "exact" numbers have none. A claim is *void* where the models have not
+# learned the clinic well enough to have something to lose: the `cpu` profile trains three seeds for two
+# minutes, which shows directions and need not pass the {term}`competence gate`.
 
 # %% tags=["hide-input"]
 tables.verdicts(shown)
