@@ -48,6 +48,7 @@ paperbench_dir = ""  # folder `data/` of the official repository; "": the cells 
 import dataclasses
 import functools
 import inspect
+import itertools
 import json
 import math
 import os
@@ -1178,6 +1179,12 @@ ORDERS = re.compile(
 )
 
 
+def fold(log: str) -> str:
+    """A log with runs of equal lines written once."""
+    groups = [(line, len(list(same))) for line, same in itertools.groupby(log.splitlines())]
+    return "\n".join(line if n == 1 else f"{line} [{n} times]" for line, n in groups)
+
+
 def orders_in(files: Mapping[str, str]) -> list[str]:
     """Names of files with sentences that look like orders to a judge."""
     return [name for name, text in files.items() if ORDERS.search(text)]
@@ -1199,7 +1206,7 @@ def build_prompt(node: RubricNode, evidence: Evidence, budget_tokens: int) -> li
         raise ValueError(f"budget_tokens: {budget_tokens} is too small for the requirement alone")
     shown = {n: t for n, t in evidence.files.items() if node.task_category != RESULT or n.endswith(DOCS)}
     parts = {n: shown[n] for n in rank_files(" ".join(f"`{n}`" for n in evidence.paper.names), shown)[:10]}
-    parts |= {"reproduce.log": evidence.log} if node.task_category == EXECUTION else {}
+    parts |= {"reproduce.log": fold(evidence.log)} if node.task_category == EXECUTION else {}
     parts |= {"results.json": evidence.results} if node.task_category == RESULT and evidence.results else {}
     paper = f"# The paper\n{evidence.paper.text()}\n\n"[: room // 2]
     files = "\n".join(f"{mark} {n}\n{t.replace(mark, '')}" for n, t in parts.items())[: room - len(paper)]
@@ -2079,8 +2086,9 @@ def tested(papers: Sequence[str], count: int, runs: Mapping[str, Any]) -> list[l
 
 # %%
 def judge_papers(
-    test: list[str], dev: list[str], learn: list[str], training: int, count: int, runs: dict[str, Any]
-):
+    rotation: int, test: list[str], dev: list[str], learn: list[str], training: int, count: int,
+    runs: dict[str, Any],
+) -> dict[str, Any]:  # fmt: skip
     """Grades of the judges that need no GPU for submissions to `test`, and the pruned scores."""
     leaves, labels, _ = simulated(learn, training, 1)
     dev_leaves, dev_labels, _ = simulated(dev, training, 2)
@@ -2121,18 +2129,11 @@ splits = rotations(S.papers)
 
 
 # %%
-judged = [
-    run.unit(
-        judge_papers,
-        test=s["test"],
-        dev=s["dev"],
-        learn=s["learn"],
-        training=S.training,
-        count=S.submissions,
-        runs={p: clean[p] for p in s["test"] if p in clean},
-    )
-    for s in splits
-]
+judged, language = [], {}
+for number, s in enumerate(splits):
+    own = {p: clean[p] for p in s["test"] if p in clean}
+    shared = dict(rotation=number, **s, training=S.training, count=S.submissions, runs=own)
+    judged.append(run.unit(judge_papers, **shared))
 
 # %% [markdown]
 # The language model is a small Qwen2 from scratch: it reads category, criterion and the excerpt, and the
@@ -2212,15 +2213,9 @@ def fit_judge(
 
 # %%
 def train_lm(
-    test: list[str],
-    dev: list[str],
-    learn: list[str],
-    training: int,
-    count: int,
-    runs: dict[str, Any],
-    settings: dict[str, Any],
-    seed: int,
-) -> dict[str, Any]:
+    rotation: int, test: list[str], dev: list[str], learn: list[str], training: int, count: int,
+    runs: dict[str, Any], settings: dict[str, Any], seed: int,
+) -> dict[str, Any]:  # fmt: skip
     """Train a small judge on the papers `learn`; its grades for `test`, its F1 on fresh submissions."""
     leaves, labels, _ = simulated(learn, training, 1)
     texts = [judge_prompt(leaf) for leaf in leaves]
@@ -2247,20 +2242,11 @@ def train_lm(
 
 
 # %%
-language = {}
 for number, s in enumerate(splits if S.lm else []):
+    own = {p: clean[p] for p in s["test"] if p in clean}
+    shared = dict(rotation=number, **s, training=S.training, count=S.submissions, runs=own)
     for lm_seed in range(S.lm_seeds if number == 0 else 1):
-        language[number, lm_seed] = run.unit(
-            train_lm,
-            test=s["test"],
-            dev=s["dev"],
-            learn=s["learn"],
-            training=S.training,
-            count=S.submissions,
-            runs={p: clean[p] for p in s["test"] if p in clean},
-            settings=S.lm,
-            seed=lm_seed,
-        )
+        language[number, lm_seed] = run.unit(train_lm, **shared, settings=S.lm, seed=lm_seed)
 
 # %%
 JUDGES: dict[str, list[list[int]]] = {}
@@ -2797,7 +2783,7 @@ SHOW = {
 # %% tags=["widget", "hide-input"]
 def draw_state(submission: str, variant: str, depth: int) -> Any:
     """Icicle of a submission's gold grades, whole or Code-Dev, cut at a depth (3: all of it)."""
-    tree, labels = toy_rubric(ridge)[0], gold(SHOW[submission])
+    tree, labels = toy_rubric(toy_paper("ridge"))[0], gold(SHOW[submission])
     kept = tree if variant == "full" else tree.code_only()
     by_text = {node.requirements: labels[path] for path, node in tree.leaves()}
     graded = grade(kept, lambda _, node: (float(by_text[node.requirements]), True, ""))
@@ -2817,7 +2803,7 @@ def edit_rubric() -> None:
     import ipywidgets
     from IPython.display import display
 
-    tree, labels = toy_rubric(ridge)[0], gold(SHOW["half done"])
+    tree, labels = toy_rubric(toy_paper("ridge"))[0], gold(SHOW["half done"])
     boxes = {
         p: ipywidgets.Checkbox(bool(labels[p]), description=n.requirements[:60], indent=False)
         for p, n in tree.leaves()
@@ -2973,8 +2959,9 @@ print("probabilities of 1:", " ".join(f"{p:.4f}" for p in own["probabilities"][:
 # %% [markdown]
 # ## Limits
 #
-# - Not here: frontier agents, human baselines, twelve-hour runs, the four retry environments (no network), a
-#   GPU inside the sandbox. The toy papers ask for five functions of a few lines.
+# - Not here: the search of agent logs for forbidden addresses, frontier agents, human baselines, twelve-hour
+#   runs, the four retry environments (no network), a GPU inside the sandbox. The toy papers ask for five
+#   functions of a few lines.
 # - A probe that returns values can be passed by a submission that copies the reference; here that is what
 #   correct means.
 # - The sandbox is for honest but buggy code and the attacks listed; it is no boundary against exploits of

@@ -106,12 +106,15 @@ def scores(graded: Sequence[Row]) -> Any:
     def percent(value: float | None) -> str:
         return "–" if value is None else f"{100 * value:.0f} %"
 
-    return grid([{"chapter": row["slug"], "rubric score": percent(row["score"]),
-                  **{c: percent(row[c]) for c in CATEGORIES}, "Code-Dev": percent(row["code_dev"]),
-                  "claims failed": row["failed"] if row["recorded"] else "not run",
-                  "invalid leaves": row["invalid"],
-                  "note": row["error"] or ("evidence is stale" if row["stale"] else "")}
-                 for row in graded])  # fmt: skip
+    def told(row: Row) -> dict[str, Any]:
+        note = " unreadable" if row["error"] else " (stale)" if row["stale"] else ""
+        invalid = f", {row['invalid']} leaves invalid" if row["invalid"] else ""
+        failed = row["failed"] if row["recorded"] else "not run"
+        shares = {c: percent(row[c]) for c in CATEGORIES}
+        return {"chapter": row["slug"], "rubric score": percent(row["score"]) + note + invalid, **shares,
+                "claims failed": failed}  # fmt: skip
+
+    return grid([told(row) for row in graded])
 
 
 def scoreboard(rows: Sequence[Row]) -> Any:
