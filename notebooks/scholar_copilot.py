@@ -1724,9 +1724,9 @@ def popularity_ranks(corpus: Corpus, contexts: Sequence[Context]) -> np.ndarray:
 
 
 # %%
-def minilm_folder() -> Path:
-    """Where the pruned copy of MiniLM is: the parameter `minilm`, else build/scholar_copilot/minilm."""
-    return Path(minilm) if minilm else paths.build() / "scholar_copilot" / "minilm"
+def minilm_folder(named: str = "") -> Path:
+    """Where the pruned copy of MiniLM is: as named, else build/scholar_copilot/minilm."""
+    return Path(named) if named else paths.build() / "scholar_copilot" / "minilm"
 
 
 def prepare_minilm(folder: str | Path) -> Path:
@@ -2109,7 +2109,7 @@ def finetune_minilm(
     tau: float, seed: int, folder: str, recipe: dict, papers: int, width: int, lr: float = 1e-4
 ):
     """Train a MiniLM bi-encoder; ranks on test and dev, and the recall of one query (C4, static)."""
-    corpus, where = corpus_for(papers), Path(folder) if folder else minilm_folder()
+    corpus, where = corpus_for(papers), minilm_folder(folder)
     tok = AutoTokenizer.from_pretrained(where)
     model = AutoModel.from_pretrained(where, dtype=torch.float32).to(run.device).train()
     rng, updater = np.random.default_rng(seed), train.Updater(
@@ -2149,7 +2149,7 @@ def judge_minilm(model, tok, corpus: Corpus, width: int) -> dict[str, Any]:
 # %%
 def minilm_decoder(seed: int, folder: str, recipe: dict, test: dict, papers: int, lr: float = 1e-4):
     """The unified model from MiniLM's weights, run as a causal decoder with a new language-model head."""
-    corpus, where = corpus_for(papers), Path(folder) if folder else minilm_folder()
+    corpus, where = corpus_for(papers), minilm_folder(folder)
     tok = AutoTokenizer.from_pretrained(where)
     tok.add_special_tokens({"additional_special_tokens": list(MARKS)})
     model = AutoModelForCausalLM.from_pretrained(where, is_decoder=True, dtype=torch.float32)
@@ -2172,10 +2172,10 @@ def saved_or(there: bool, fn: Callable, **arguments) -> readrun.Unit:
 # %%
 def zero_shot(folder: str, papers: int) -> dict[str, Any]:
     """Zero-shot MiniLM, computed here: the same ranks as the committed ones, where those are missing."""
-    return minilm_baselines(corpus_for(papers), Path(folder) if folder else minilm_folder(), run.device)
+    return minilm_baselines(corpus_for(papers), minilm_folder(folder), run.device)
 
 
-there = (minilm_folder() / "config.json").is_file()
+there = (minilm_folder(minilm) / "config.json").is_file()
 tuned: dict[float, readrun.Unit] = {}
 dense: dict[int, readrun.Unit] = {}
 common = dict(folder=minilm, recipe=S.recipe, papers=S.papers)
