@@ -2099,7 +2099,7 @@ for arm, s in order[: len(run.seeds)]:
 # ### The sceptic's baseline
 #
 # A separate bi-encoder, MiniLM with mean pooling, is fine-tuned on the same pairs, the same negatives, as
-# many steps; its temperature is the better of two on the dev split. It needs the pruned copy of MiniLM (29
+# many steps; its temperature is the better of two on the dev split. It needs the pruned copy of MiniLM (32
 # MB in half precision), which is not committed: `prepare_minilm` writes it. Without it these arms are
 # skipped, and the note below says so.
 
