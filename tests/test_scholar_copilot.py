@@ -434,6 +434,9 @@ def test_vector_of_a_session_is_that_of_the_text() -> None:
         s.vector, q.embed_queries(tiny(), ids, torch.ones_like(ids), [[len(s.ids) - 1]])[0], atol=1e-5
     )
     s.accept(2)
+    s.edit(" we use it with the method")  # read by the next call, then replaced
+    s.force_citation()
+    s.reject()
     s.edit(" and then")
     s.force_citation()
     ids = torch.tensor([s.ids])
