@@ -1203,6 +1203,7 @@ class SessionChoice(SessionWriter):
         """No citation here: the retrieval token goes, and the next word is not one."""
         self._need("choosing", "reject")
         self.ids.pop()
+        crop_to(self.cache, len(self.ids))
         self.state, self.banned = "writing", True
 
 
