@@ -246,6 +246,19 @@ def test_definitions_are_documented(slug: str) -> None:
 
 
 @each
+def test_terms_stand_in_the_glossary(slug: str) -> None:
+    top = paths.root()
+    assert top
+    entries = {
+        line.lower()
+        for line in (top / "book" / "glossary.md").read_text(encoding="utf-8").splitlines()
+        if line and not line.startswith((" ", ":", "#"))
+    }
+    used = {re.sub(r".*<(.+)>$", r"\1", term) for term in re.findall(r"\{term\}`([^`]+)`", prose(slug))}
+    assert not {term for term in used if term.lower() not in entries}
+
+
+@each
 def test_interaction_is_live_and_drawn_for_every_state(slug: str) -> None:
     widget = [ast.parse(cell.source) for cell in code(slug) if "widget" in cell.tags]
     assert any(calls(cell, "live") for cell in widget), "picker.live: the controls of a live notebook"
