@@ -254,8 +254,8 @@ def test_terms_stand_in_the_glossary(slug: str) -> None:
         for line in (top / "book" / "glossary.md").read_text(encoding="utf-8").splitlines()
         if line and not line.startswith((" ", ":", "#"))
     }
-    used = {re.sub(r".*<(.+)>$", r"\1", term) for term in re.findall(r"\{term\}`([^`]+)`", prose(slug))}
-    assert not {term for term in used if term.lower() not in entries}
+    XX
+    assert not {term for term in used if " ".join(term.lower().split()) not in entries}
 
 
 @each
