@@ -1,0 +1,599 @@
+"""Chapter verifiagent: oracles for its definitions, its bad inputs, its path for one's own checkpoint."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+import types
+from fractions import Fraction
+
+import networkx
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from readrun import chapter, sandbox
+from readrun.llm import LLMError, Reply, ScriptedLLM, Usage
+
+q = chapter("verifiagent")
+isolated = pytest.mark.skipif(sandbox.report()["isolation"] == "none", reason="no isolation on this machine")
+
+
+def observed(text: str):
+    return lambda argument: q.Observation(text)
+
+
+# ---------------------------------------------------------------- parsers
+
+
+PIECE = st.one_of(
+    st.text(alphabet="abcé \n=+()[]", max_size=12).filter(lambda t: t.count("[") == t.count("]")),
+    st.sampled_from(["x[0]", "[1, [2]]", "']'", '"["', "'''[\n'''", "# ]]\n", "f(a[i])"]),
+)
+
+
+def balanced_outside_strings(text: str) -> bool:
+    return q.closing_bracket(text + "]", 0, True) == len(text)
+
+
+@given(st.lists(PIECE, min_size=1, max_size=6).map("\n".join))
+@settings(deadline=None, max_examples=200)
+def test_action_round_trip(program) -> None:
+    if not program.strip() or not balanced_outside_strings(program):
+        return
+    got = q.parse_action(f"Thought: x\nAction: Use Python Interpreter[{program}]\nAction: Evaluate[Correct]")
+    assert got == q.PythonAction(program.strip())
+
+
+@given(st.text(max_size=80))
+@settings(deadline=None, max_examples=200)
+def test_garbage_never_crashes(text) -> None:
+    q.parse_meta(text)
+    q.quote(text)
+    for candidate in (text, f"Action: Use Theorem Prover[{text}"):
+        try:
+            q.parse_action(candidate)
+        except q.ActionError as error:
+            assert str(error)
+
+
+def test_first_action_at_the_beginning_of_a_line() -> None:
+    assert q.parse_action("I would Evaluate[Correct].\nEvaluate[Incorrect]") == q.EvaluateAction(False)
+    assert q.parse_action("use search engine [Who?] x") == q.SearchAction("Who?")
+    for bad in (
+        "",
+        "Evaluate[]",
+        "Evaluate[maybe]",
+        "Use Search Engine[open",
+        "Step 1: Action: Evaluate[Correct]",
+    ):
+        with pytest.raises(q.ActionError):
+            q.parse_action(bad)
+
+
+def test_meta_reads_what_the_training_text_writes() -> None:
+    rng = np.random.default_rng(0)
+    for kind in q.KINDS:
+        for _ in range(20):
+            c = q.make_candidate(q.MAKERS[kind](rng, False), rng)
+            meta = q.parse_meta(q.meta_text(c, c.marks))
+            assert [good for _, good in meta.steps] == list(c.marks)
+            assert meta.complete is (c.fault != "missing_answer")
+            bad = [i + 1 for i, good in enumerate(c.marks) if not good]
+            assert meta.first_bad_step == (bad[0] if bad else None)
+            assert meta.conditions == c.item.conditions and meta.objective == c.item.objective
+
+
+# ---------------------------------------------------------------- confidence
+
+
+@given(st.lists(st.floats(-20, 0), min_size=1, max_size=8), st.integers(0, 7))
+@settings(deadline=None)
+def test_v_score_against_its_formula(logprobs, pick) -> None:
+    top = sorted(((str(i), p) for i, p in enumerate(logprobs)), key=lambda x: -x[1])[:5]
+    token, p = str(pick % len(logprobs)), logprobs[pick % len(logprobs)]
+    among = [math.exp(v) for _, v in top]
+    expected = math.exp(p) / (sum(among) + (0 if token in dict(top) else math.exp(p)))
+    assert q.v_score(token, p, top) == pytest.approx(expected)
+    assert 0 <= q.v_score(token, p, top) <= 1
+
+
+def test_v_score_grows_with_the_probability_and_refuses_nonsense() -> None:
+    others = [("b", -2.0), ("c", -3.0)]
+    values = [q.v_score("a", p, [("a", p), *others]) for p in (-4.0, -2.0, -0.1)]
+    assert values == sorted(values)
+    with pytest.raises(ValueError, match="at most 0"):
+        q.v_score("a", 0.5, [])
+
+
+def test_first_sub_token_of_the_verdict_decides() -> None:
+    tokens = ["Thought", ":", " Evaluate", "\n", "Evaluate", "[", "In", "correct", "]"]
+    logprobs = [-5.0] * 6 + [-0.5, -9.0, -9.0]
+    top = [[(t, p)] for t, p in zip(tokens, logprobs, strict=True)]
+    top[6] = [("In", -0.5), ("Cor", -1.5)]
+    reply = Reply("".join(tokens), tokens, logprobs, top)
+    assert q.verdict_confidence(reply) == pytest.approx(math.exp(-0.5) / (math.exp(-0.5) + math.exp(-1.5)))
+    assert q.verdict_confidence(Reply("Evaluate[Correct]")) is None
+    assert q.verdict_confidence(Reply("nothing", ["nothing"], [-1.0], [[("nothing", -1.0)]])) is None
+
+
+# ---------------------------------------------------------------- data
+
+
+def test_math_programs_give_the_gold_answer() -> None:
+    for item in q.make_items("math", 60, 0) + q.make_items("math", 20, 0, test=False):
+        scope: dict = {"math": math}
+        exec(item.program, scope)
+        assert str(scope["ans"]) == item.answer
+        for line in item.steps:
+            left, right = line.split(" = ")
+            words = left.split()
+            value = (
+                getattr(math, words[0])(*map(int, words[1:])) if words[0] in ("gcd", "lcm") else eval(left)
+            )
+            assert value == int(right)
+
+
+def test_logic_labels_against_networkx_free_enumeration() -> None:
+    """An independent truth table: premises as Python expressions."""
+    for item in q.make_items("logic", 60, 0):
+        premises, atom = item.extra
+        atoms = sorted({a for p in premises for a in p[1:] if isinstance(a, str)} | {atom})
+        told = {"fact": "({0}) == {1}", "all": "(not {0}) or ({1} == {2})", "xor": "{0} != {1}"}
+        codes = [told[p[0]].format(*p[1:]) for p in premises]
+        seen = set()
+        for bits in itertools.product((False, True), repeat=len(atoms)):
+            world = dict(zip(atoms, bits, strict=True))
+            if all(eval(code, {}, world) for code in codes):
+                seen.add(world[atom])
+        assert item.answer == ("Uncertain" if len(seen) == 2 else str(seen.pop()))
+        rng = np.random.default_rng(0)
+        assert q.inject(item, "none", rng).correct
+
+
+def test_contradictory_premises_have_no_label() -> None:
+    assert q.logic_label([("fact", "kind", True), ("fact", "kind", False)], "calm") is None
+
+
+def test_commonsense_answers_against_the_transitive_closure() -> None:
+    tax = q.taxonomy()
+    graph = networkx.DiGraph(tax.up.items())
+    for item in q.make_items("commonsense", 100, 0):
+        chain, target = item.extra
+        assert item.answer == str(networkx.has_path(graph, chain[0], target) if target in graph else False)
+        assert len(item.searches) <= 3
+
+
+def test_training_and_test_share_nothing() -> None:
+    names = q.taxonomy().names
+    assert not set(names[False]) & set(names[True])
+    for kind in q.KINDS:
+        mine = {i.question for i in q.make_items(kind, 100, 0, test=True)}
+        assert not mine & {i.question for i in q.make_items(kind, 100, 0, test=False)}
+    for item in q.make_items("commonsense", 50, 3):
+        assert all(q.taxonomy().cut[name] is True for name in item.extra[0])
+
+
+@pytest.mark.parametrize("kind", ["math", "logic", "commonsense", "hybrid"])
+def test_injected_faults_are_what_they_say(kind) -> None:
+    found = q.injected_set(kind, 60)
+    assert sum(c.correct for c in found) == 30
+    assert {c.fault for c in found} >= {*q.FAULTS[kind], *q.SHARED_FAULTS}
+    for c in found:
+        answer = q.final_answer(c.text)
+        if c.fault == "none":
+            assert answer == c.item.answer and all(c.marks)
+        elif c.fault == "missing_answer":
+            assert answer == ""
+        elif c.fault in ("skipped_step", "irrelevant_step"):
+            assert answer == c.item.answer and not all(c.marks)
+        else:
+            assert not q.same_answer(answer, c.item.answer)
+
+
+def test_tokenizer_writes_back_every_training_text() -> None:
+    rng = np.random.default_rng(1)
+    examples = [q.make_example(rng, 48) for _ in range(60)]
+    tokenizer = q.train_tokenizer(q.texts_of(examples), 600)
+    for segments in examples:
+        ids, learned = q.encode(tokenizer, segments)
+        assert tokenizer.decode(ids) == "".join(t for t, _ in segments)
+        kept = tokenizer.decode([i for i, keep in zip(ids, learned, strict=True) if keep])
+        assert kept == "".join(t for t, keep in segments if keep)
+        talk = [q.message("system", "judge"), q.message("user", "a")]
+    text = tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
+    assert text == "<|system|>judge<|end|><|user|>a<|end|><|assistant|>"
+
+
+# ---------------------------------------------------------------- tools
+
+
+@isolated
+@pytest.mark.parametrize("engine", ["z3", "truth_table"])
+def test_prover_against_the_truth_table(engine) -> None:
+    if engine == "z3":
+        pytest.importorskip("z3")
+    tool, seen = q.ProverTool(engine), set()
+    for item in q.make_items("logic", 12, 5):
+        assert q.same_answer(tool(item.program).text, item.answer)
+        seen.add(item.answer)
+    assert len(seen) == 3
+    assert tool(q.z3_program([("fact", "a", True), ("fact", "a", False)], "b")).text == "Inconsistent"
+
+
+@isolated
+def test_programs_in_the_sandbox() -> None:
+    assert q.run_sandboxed("ans = 6 * 7").value == 42
+    assert q.PythonTool()("import sympy\nans = sympy.Rational(1, 3)").text == "1/3"
+    assert q.PythonTool(0.5)("while True: pass").status == "timeout"
+    assert q.PythonTool()("ans = 1 /").status == "error"
+    assert len(q.PythonTool()("ans = 'x' * 3000").text) < 300
+    with pytest.raises(ValueError, match="positive"):
+        q.run_sandboxed("ans = 1", timeout_s=0)
+    with pytest.raises(ValueError, match="engine"):
+        q.ProverTool("prolog")
+
+
+def test_no_isolation_is_refused(monkeypatch) -> None:
+    def refuse(*args):
+        raise sandbox.SandboxUnavailable("no network isolation")
+
+    monkeypatch.setattr(sandbox, "run", refuse)
+    with pytest.raises(sandbox.SandboxUnavailable):
+        q.PythonTool()("ans = 1")
+
+
+def test_search_scores_against_the_formula() -> None:
+    rnd = random.Random(0)
+    words = ["red", "blue", "bird", "fish", "tree", "stone"]
+    texts = {f"{rnd.choice(words)} {i}": " ".join(rnd.choices(words, k=rnd.randint(2, 9))) for i in range(50)}
+    index = q.Index(texts)
+
+    def bm25(column: list[str], query: list[str]) -> np.ndarray:
+        docs = [q.Index.words(t) for t in column]
+        mean, out = np.mean([len(d) for d in docs]), np.zeros(len(docs))
+        for t in query:
+            n = sum(t in d for d in docs)
+            idf = math.log(1 + (len(docs) - n + 0.5) / (n + 0.5))
+            for i, d in enumerate(docs):
+                f = d.count(t)
+                out[i] += idf * f / (f + 1.2 * (1 - 0.75 + 0.75 * len(d) / mean))
+        return out
+
+    expected = bm25(list(texts), ["red", "bird"]) + 0.5 * bm25(list(texts.values()), ["red", "bird"])
+    got = index.scores("What is a red bird?")
+    keep = expected > 0
+    ratio = got[keep] / expected[keep]
+    assert np.allclose(ratio, ratio[0], rtol=1e-4) and not got[~keep].any()
+    assert index.search("nothing known") == []
+    with pytest.raises(ValueError, match="passages"):
+        q.Index({})
+
+
+def test_most_names_find_their_own_passage() -> None:
+    tax, index = q.taxonomy(), q.wordnet_index()
+    names = sorted(tax.up)[::40]
+    hits = sum(index.search(q.ask(n)) == [tax.passage(n)] for n in names)
+    assert hits >= 0.95 * len(names)
+    last = q.SearchTool(index, 20, rerank=lambda question, found: np.arange(len(found)))("What is a penguin?")
+    assert len(last.text) <= 20
+
+
+# ---------------------------------------------------------------- the loop
+
+
+def perfect(messages) -> str:
+    """The reply that the training text has at this point of a conversation."""
+    asked = messages[1]["content"]
+    question, _, solution = asked.removeprefix("Question: ").partition("\nSolution:\n")
+    candidate = WORLD[question, solution]
+    segments = q.agent_example(candidate, NoNoise(), 48)
+    turns = "".join(t for t, _ in segments).split("<|assistant|>")[1:]
+    return turns[sum(m["role"] == "assistant" for m in messages)].split("<|end|>")[0]
+
+
+class NoNoise:
+    """A generator whose draws never make a noisy example."""
+
+    def random(self) -> float:
+        return 0.99
+
+
+WORLD: dict = {}
+
+
+@isolated
+def test_a_perfect_agent_is_always_right() -> None:
+    candidates = [c for kind in q.KINDS for c in q.injected_set(kind, 12)]
+    WORLD.update({(c.item.question, c.text): c for c in candidates})
+    engine = "z3" if q.importlib.util.find_spec("z3") else "truth_table"
+    agent = q.VerifiAgent(ScriptedLLM(perfect), q.make_tools(engine))
+    verdicts = agent.verify_many([(c.item.question, c.text) for c in candidates])
+    assert [v.correct for v in verdicts] == [c.correct for c in candidates]
+    for c, v in zip(candidates, verdicts, strict=True):
+        assert q.same_answer(q.tool_answer(v), c.item.answer)
+        assert v.calls[0] == q.TOOL_OF[c.item.kind]
+        assert (v.error_reason, v.revision) == ("None", "None") if c.correct else v.error_reason != "None"
+
+
+def test_a_malformed_agent_ends_without_a_verdict() -> None:
+    agent = q.VerifiAgent(ScriptedLLM(lambda messages: "hmm"), {})
+    verdict = agent.verify("Is it?", "Answer: True")
+    assert verdict.correct is None and not verdict.accepts and len(verdict.trace) == 2
+    forever = q.VerifiAgent(
+        ScriptedLLM(lambda m: "Action: Use Search Engine[Who?]"), {"search": observed("x")}, max_turns=4
+    )
+    assert forever.verify("Is it?", "Answer: True").correct is None
+    assert len(forever.verify("Is it?", "Answer: True").trace) == 4
+
+
+def test_one_bad_action_is_forgiven() -> None:
+    llm = ScriptedLLM(["no action", "Action: Evaluate[Correct]"])
+    assert q.VerifiAgent(llm, {}).verify("Is it?", "Answer: True").accepts
+    assert "no action" in llm.requests[1].messages[-1]["content"]
+
+
+def test_gate_stops_before_the_tools() -> None:
+    text = "Complete: no\nAction: Use Python Interpreter[ans = 1]"
+    used = []
+    tools = {"python": lambda program: used.append(program) or q.Observation("1")}
+    assert q.VerifiAgent(ScriptedLLM([text]), tools, gate=True).verify("1?", "x").correct is False
+    assert not used
+    llm = ScriptedLLM([text, "Action: Evaluate[Incorrect]"])
+    assert q.VerifiAgent(llm, tools).verify("1?", "x").calls == ("python",) and used
+
+
+def test_a_missing_tool_leaves_the_prompt() -> None:
+    agent = q.VerifiAgent(
+        ScriptedLLM(["Action: Use Search Engine[Who?]"] * 2), {"python": observed("1")}, prompts="full"
+    )
+    assert "Search" not in agent.start("1?", "x")[0]["content"]
+    assert "Interpreter" in agent.start("1?", "x")[0]["content"]
+    verdict = agent.verify("1?", "x")
+    assert verdict.correct is None and "no tool search" in verdict.trace[0].observed
+    assert q.VerifiAgent(ScriptedLLM([]), {"python": observed("")}, use_tools=False).tools == {}
+
+
+def test_poses_and_long_input() -> None:
+    assert q.attack_prompts()["escapes"] == 0
+    agent = q.VerifiAgent(ScriptedLLM([]), {}, context=100)
+    told = agent.start("Is it?", "a" * 500 + "b" * 500)[1]["content"]
+    assert " … " in told and told.rstrip().endswith("b") and len(told) < 200
+    for question, solution in (("", "x"), ("x", "  ")):
+        with pytest.raises(ValueError, match="empty"):
+            agent.start(question, solution)
+    for bad in (dict(max_turns=0), dict(prompts="short")):
+        with pytest.raises(ValueError, match="accepted"):
+            q.VerifiAgent(ScriptedLLM([]), {}, **bad)
+    with pytest.raises(ValueError, match="unknown"):
+        q.VerifiAgent(ScriptedLLM([]), {"oracle": observed("")})
+
+
+def test_endpoint_down_and_context_full() -> None:
+    with pytest.raises(LLMError):
+        q.VerifiAgent(ScriptedLLM([LLMError("down")]), {}).verify("Is it?", "x")
+    script = ["Action: Use Search Engine[Who?]", LLMError("too long")]
+    verdict = q.VerifiAgent(ScriptedLLM(script), {"search": observed("x")}).verify("Is it?", "x")
+    assert verdict.correct is None and len(verdict.trace) == 1
+
+
+def test_batch_and_single_agree() -> None:
+    def script(m) -> str:
+        return f"Action: Evaluate[{'Correct' if 'yes' in m[1]['content'] else 'Incorrect'}]"
+
+    agent = q.VerifiAgent(ScriptedLLM(script), {})
+    pairs = [("Is it?", text) for text in ("yes", "no", "yes yes")]
+    assert [v.correct for v in agent.verify_many(pairs)] == [agent.verify(*p).correct for p in pairs]
+
+
+def test_usage_counts_every_turn() -> None:
+    script = [
+        Reply("Action: Use Search Engine[Who?]", usage=Usage(10, 3)),
+        Reply("Evaluate[Correct]", usage=Usage(20, 4)),
+    ]
+    verdict = q.VerifiAgent(ScriptedLLM(script), {"search": observed("x")}).verify("Is it?", "x")
+    assert verdict.usage == Usage(30, 7)
+
+
+# ---------------------------------------------------------------- baselines
+
+
+def test_baselines() -> None:
+    yes = ScriptedLLM(lambda m: "Evaluate[Correct]" if m[0]["content"] == "judge" else "yes")
+    assert q.vanilla_verify(yes, "Is it?", "Answer: True").accepts
+    assert q.deductive_verify(yes, "Is it?", "a step\nAnswer: True").accepts
+    assert len(yes.requests) == 3
+    assert q.deductive_verify(yes, "Is it?", "a step").correct is False
+    assert q.deductive_verify(ScriptedLLM(["yes", "no"]), "Is it?", "a\nb\nAnswer: True").correct is False
+    assert q.backward_verify(ScriptedLLM(["7"]), "3 and 7 eggs?", "Answer: 10").accepts
+    assert q.backward_verify(ScriptedLLM(["8"]), "3 and 7 eggs?", "Answer: 10").correct is False
+    assert q.backward_verify(ScriptedLLM(["True"]), "Is a a b?", "Answer: True").accepts
+    assert q.backward_verify(ScriptedLLM([]), "3 eggs?", "no answer").correct is False
+    assert q.vanilla_verify(ScriptedLLM(["well"]), "Is it?", "x").correct is None
+
+
+def test_deductive_sees_only_premises_and_backward_hides_the_number() -> None:
+    told = q.check_message("Ann has 14 pens. Bob has 9 cups. How many?", ["14 * 2 = 28", "28 - 9 = 19"], 1)
+    assert "28" in told and "9 cups" in told and "14 pens" not in told
+    assert q.mask_condition("3 and 17 eggs?") == ("3 and X eggs?", "17")
+    assert q.mask_condition("no numbers") == ("no numbers", "")
+
+
+# ---------------------------------------------------------------- answers, scaling, feedback
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "same"),
+    [
+        (Fraction(1, 2), "0.5", True), ("3.0", 3, True), ("1,000", "1000", True), ("True", "yes", True),
+        ("True", True, True), ("64 euros", "64", True), ("$12", "12", True), ({1, 2}, {2, 1}, True),
+        ("1/0", "1", False), ("true", "1", False), ("", "0", False), ("Uncertain", "uncertain", True),
+        ("10", "100", False), ("1e3", "1000", True), ("−5", "-5", True),
+    ],
+)  # fmt: skip
+def test_same_answer(a, b, same) -> None:
+    assert q.same_answer(a, b) is same and q.same_answer(b, a) is same
+
+
+def test_sympy_answers_are_compared() -> None:
+    sympy = pytest.importorskip("sympy")
+    assert q.same_answer(sympy.Rational(1, 3), "1/3") and q.same_answer(sympy.Integer(4), "4")
+
+
+def test_votes_and_best() -> None:
+    assert q.majority_vote(["1", "2", "2.0"]) == "2"
+    assert q.majority_vote(["2", "1", "1", "2"]) == "2"
+    assert q.majority_vote(["", ""]) == "" and q.majority_vote([]) == ""
+    assert q.best_of_n(["a", "b", "c"], {"a": None, "b": 0.2, "c": 0.2}.get) == "b"
+    with pytest.raises(ValueError):
+        q.best_of_n([], len)
+
+
+def test_scaling_stops_and_falls_back() -> None:
+    texts = ["Answer: 1", "Answer: 2", "Answer: 2"]
+    drawn = iter(texts)
+    reply = lambda: Reply(next(drawn), usage=Usage(5, 1))  # noqa: E731
+    refused = q.scale_inference(reply, lambda t: q.Verdict(False, usage=Usage(7, 1)), cap=3)
+    assert (refused.text, refused.samples, refused.verified) == ("2", 3, False)
+    assert refused.usage == Usage(36, 6)
+    drawn = iter(texts)
+    assert q.scale_inference(reply, lambda t: q.Verdict("2" in t), cap=3).samples == 2
+    with pytest.raises(ValueError, match="cap"):
+        q.scale_inference(reply, lambda t: q.Verdict(True), cap=0)
+
+
+def test_table_of_samples_gives_what_the_loop_gives() -> None:
+    """`scaling_curves` reads the experiment's table; `scale_inference` runs. Same samples, same result."""
+    source = open(q.__file__, encoding="utf-8").read()
+    start = source.index("def scaling_curves")
+    scope = dict(np=np, itertools=itertools, majority_vote=q.majority_vote, Mapping=dict)
+    exec(source[start : source.index("# %%", start)], scope)
+    rng = np.random.default_rng(0)
+    answers = rng.integers(0, 3, (40, 5)).astype(str)
+    verdict, solving, verifying = (
+        rng.integers(0, 2, (40, 5)),
+        rng.integers(1, 9, (40, 5)),
+        rng.integers(1, 9, (40, 5)),
+    )
+    table = {"answers": answers, "right": (answers == "1").astype(float), "verdict": verdict,
+             "solving": solving, "verifying": verifying, "v": np.full((40, 5), 0.5)}  # fmt: skip
+    right, tokens = scope["scaling_curves"](table)["scaled"]
+    for i, cap in itertools.product(range(40), (1, 3, 5)):
+        at = iter(range(5))
+
+        def reason(i=i, at=at):
+            reason.now = next(at)
+            return Reply(f"Answer: {answers[i, reason.now]}", usage=Usage(0, int(solving[i, reason.now])))
+
+        def check(text, i=i, reason=reason):
+            cost = Usage(0, int(verifying[i, reason.now]))
+            return q.Verdict(bool(verdict[i, reason.now]), usage=cost)
+
+        got = q.scale_inference(reason, check, cap)
+        assert right[i, cap - 1] == (got.text == "1")
+        assert tokens[i, cap - 1] == got.usage.completion_tokens
+
+
+def test_feedback_levels_and_modes() -> None:
+    verdict = q.Verdict(False, None, "Step 2 is wrong.", "The answer is 64.")
+    shown = [
+        q.feedback_messages("1?", "Answer: 3", verdict, "precaution", level)[1]["content"]
+        for level in range(3)
+    ]
+    assert "Step 2" not in shown[0] and "Step 2" in shown[1] and "64" not in shown[1] and "64" in shown[2]
+    assert "Answer: 3" not in shown[2]
+    mended = q.feedback_messages("1?", "Answer: 3", verdict, "post_edit", 0)
+    assert "Answer: 3" in mended[1]["content"] and mended[0]["content"] == "revise"
+    kept = q.with_feedback(lambda m: Reply("new"), "1?", "old", q.Verdict(True), "precaution", 0)
+    assert kept == "old"
+    assert q.with_feedback(lambda m: Reply("new"), "1?", "old", verdict, "precaution", 0) == "new"
+    for mode, level in (("other", 0), ("precaution", 3)):
+        with pytest.raises(ValueError, match="accepted"):
+            q.feedback_messages("1?", "x", verdict, mode, level)
+
+
+# ---------------------------------------------------------------- measures
+
+
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=2, max_size=40))
+@settings(deadline=None, max_examples=60)
+def test_measures_against_scikit_learn(pairs) -> None:
+    metrics = pytest.importorskip("sklearn.metrics")
+    pred, true = zip(*pairs, strict=True)
+    got = q.verification_metrics(pred, true)
+    assert got["acc"] == pytest.approx(metrics.accuracy_score(true, pred))
+    assert got["mcc"] == pytest.approx(metrics.matthews_corrcoef(true, pred))
+    if len(set(true)) == 2:
+        assert got["balanced_acc"] == pytest.approx(metrics.balanced_accuracy_score(true, pred))
+        values = q.balanced(np.equal(pred, true).astype(float), np.array(true))
+        assert values.mean() == pytest.approx(got["balanced_acc"])
+    if any(pred):
+        assert got["precision"] == pytest.approx(metrics.precision_score(true, pred))
+    if any(true):
+        assert got["recall"] == pytest.approx(metrics.recall_score(true, pred))
+
+
+def test_no_verdict_counts_as_incorrect() -> None:
+    got = q.verification_metrics([None, None, True], [True, False, True])
+    assert got["acc"] == pytest.approx(2 / 3) and got["coverage"] == pytest.approx(1 / 3)
+    with pytest.raises(ValueError):
+        q.verification_metrics([True], [])
+
+
+def test_intervals_and_mcnemar() -> None:
+    pred, true = [True, False] * 20, [True, True, False, False] * 10
+    value, low, high = q.with_intervals(pred, true, resamples=200)["acc"]
+    assert low <= value <= high
+    assert q.with_intervals(pred, true, clusters=[0] * 40, resamples=20)["acc"][1:] == (value, value)
+    assert q.mcnemar([True] * 8 + [False] * 2, [False] * 8 + [True] * 2) == pytest.approx(0.109375)
+    assert q.mcnemar([True], [True]) == 1.0
+
+
+def test_auroc_and_jackknife() -> None:
+    metrics = pytest.importorskip("sklearn.metrics")
+    rng = np.random.default_rng(0)
+    score, positive = rng.normal(size=60).round(1), rng.random(60) < 0.4
+    assert q.auroc(score, positive) == pytest.approx(metrics.roc_auc_score(positive, score))
+    values = q.jackknife(lambda i: score[i].mean(), 60)
+    assert np.allclose(values, score)
+
+
+# ---------------------------------------------------------------- backbone, checkpoint
+
+
+def tiny(folder, seed: int = 0) -> str:
+    tokenizer = q.train_tokenizer(q.texts_of(q.examples_of(0, 60, 48)), 500)
+    size = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+                max_position_embeddings=2048)  # fmt: skip
+    model = q.make_model(size, tokenizer, seed)
+    losses = q.pretrain(model, tokenizer, 12, 1024, 0.02, seed, 48, pool=32)
+    assert losses[-1] < losses[0]
+    model.save_pretrained(folder, max_shard_size="50KB")
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@isolated
+def test_own_checkpoints_run_and_differ(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(q, "run", types.SimpleNamespace(device="cpu"), raising=False)
+    engine = "truth_table"
+    found = [q.own_model(tiny(tmp_path / str(seed), seed), engine, 48, 2) for seed in (0, 1)]
+    assert found[0]["prompts"] == "terse" and len(found[0]["correct"]) == 6
+    assert found[0]["logprob"] != found[1]["logprob"]
+    (tmp_path / "0" / "config.json").unlink()
+    with pytest.raises(ValueError, match="checkpoint"):
+        q.load_llm(str(tmp_path / "0"))
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    with pytest.raises(ValueError, match="checkpoint"):
+        q.load_llm("openai:model@https://example.org/v1")
+
+
+def test_batches_keep_every_example_and_mask() -> None:
+    rng = np.random.default_rng(0)
+    coded = [([i] * n, [True] * n) for i, n in enumerate(rng.integers(1, 30, 50), start=1)]
+    rows = [row for ids, _ in q.token_batches(coded, 100, rng) for row in ids.tolist()]
+    assert sorted(max(row) for row in rows) == list(range(1, 51))
+    for ids, learned in q.token_batches(coded, 100, rng):
+        assert ids.numel() <= 100 or len(ids) == 1
+        assert ((ids > 0) == learned).all()
