@@ -87,6 +87,8 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
+
+# %% tags=["hide-input"]
 from transformers.utils.logging import disable_progress_bar
 
 remote = checkpoint.startswith("openai:")  # a server is no file and no hub id
@@ -157,9 +159,9 @@ S = run.settings(
     ),
     cpu=dict(
         seeds=1, size=SMALL, vocab=1024, backbone=dict(steps=0, from_checkpoint=True),
-        length=48, items=60, samples=3, judged=1, batch=64, workers=2,
+        length=48, items=40, samples=2, judged=1, batch=64, workers=2,
         arms=["verifiagent", "vanilla", "deductive", "backward", "no_meta", "no_tools"],
-        sources=["injected", "sampled"], feedback=60, attacks=["compute"],
+        sources=["injected", "sampled"], feedback=40, attacks=["compute"],
         speed=dict(repeats=3, cold=1, warm=20, loop=16), play=4, turns=6,
     ),
     gpu=dict(
@@ -234,6 +236,7 @@ class EvaluateAction(Action):
     correct: bool
 
 
+# %%
 TOOL_NAMES = {
     "python": "Use Python Interpreter",
     "search": "Use Search Engine",
@@ -756,6 +759,7 @@ class Act(NamedTuple):
     argument: str
 
 
+# %%
 def drive(llm: LLM, procedures: Sequence[Generator], workers: int = 1) -> list[Any]:
     """Run many procedures side by side: all that wait for the model form one batch. Returns their results.
 
@@ -796,6 +800,7 @@ def message(role: str, content: str) -> dict[str, str]:
     return {"role": role, "content": content}
 
 
+# %%
 class VerifiAgent:
     """One frozen language model that verifies a solution in two levels.
 
@@ -814,12 +819,8 @@ class VerifiAgent:
             raise ValueError(f"tools: {sorted(unknown)} unknown; accepted: {', '.join(TOOL_NAMES)}")
         if max_turns < 1 or prompts not in ("terse", "full"):
             raise ValueError(f"max_turns={max_turns}, prompts={prompts!r}; accepted: >= 1, 'terse' or 'full'")
-        self.llm, self.tools, self.max_turns, self.gate = (
-            llm,
-            dict(tools) if use_tools else {},
-            max_turns,
-            gate,
-        )
+        self.llm, self.tools = llm, dict(tools) if use_tools else {}
+        self.max_turns, self.gate = max_turns, gate
         self.use_meta, self.prompts, self.max_tokens = use_meta, prompts, max_tokens
         self.context, self.workers = context, workers
 
@@ -1127,6 +1128,7 @@ def vanilla_verify(llm: LLM, question: str, solution: str) -> Verdict:
     return drive(llm, [vanilla_procedure(question, solution)])[0]
 
 
+# %%
 def deductive_verify(llm: LLM, question: str, solution: str) -> Verdict:
     """Deductive verifier: one call per step."""
     return drive(llm, [deductive_procedure(question, solution)])[0]
@@ -1493,6 +1495,10 @@ TEMPLATES = [
         "a != c",
         "a*b c*d r1+r2",
     ),
+]
+
+# %% tags=["hide-input"]
+TEMPLATES += [
     (
         "There are {a} eggs in one basket and {b} in another. Boxes hold {c} eggs."
         " How many eggs fit in no full box?",
@@ -1512,6 +1518,8 @@ TEMPLATES = [
         "a~b a/r1 b/r1 r2+r3",
     ),
 ]
+
+# %% tags=["hide-input"]
 TEMPLATES += [
     ("One bus comes every {a} minutes, another every {b}. They met {c} minutes ago."
      " In how many minutes do they meet again?",
@@ -1656,6 +1664,7 @@ def z3_program(premises: Sequence[tuple], atom: str) -> str:
     return "def main():\n s = Solver()\n" + "".join(lines) + end
 
 
+# %% tags=["hide-input"]
 def derive(premises: Sequence[tuple], atom: str) -> list[tuple[str, bool, str, bool]] | None:
     """The shortest chain of rules from a fact to the atom; None where unit propagation does not reach it."""
     facts = [(p[1], p[2]) for p in premises if p[0] == "fact"]
@@ -1724,6 +1733,7 @@ def article(name: str) -> str:
     return f"an {name}" if name[0] in "aeiou" else f"a {name}"
 
 
+# %% tags=["hide-input"]
 class Taxonomy:
     """The part of WordNet that the questions are about: names that mean one thing, and what is above them.
 
@@ -1744,9 +1754,7 @@ class Taxonomy:
         for name, parent in self.up.items():
             self.below[parent].append(name)
         self.cut = {s.lemmas[0]: self._subtree(s) for s in kept}
-        self.names = {
-            t: sorted(n for n in self.up if n in self.cut and self.cut[n] == t) for t in (False, True)
-        }
+        self.names = {t: sorted(n for n in self.up if self.cut.get(n) is t) for t in (False, True)}
 
     @staticmethod
     def _subtree(synset: Any) -> bool | None:
@@ -1772,6 +1780,7 @@ class Taxonomy:
         return f"{article(name)} is {article(self.up[name])}. {self.gloss[name]}".capitalize()
 
 
+# %% tags=["hide-input"]
 @functools.cache
 def taxonomy() -> Taxonomy:
     """The taxonomy, read once (2 s)."""
@@ -1811,6 +1820,7 @@ def fact_chain(
     return chain, chain[-1] if rng.random() < 0.5 else str(siblings[rng.integers(len(siblings))])
 
 
+# %% tags=["hide-input"]
 def make_commonsense(rng: np.random.Generator, test: bool, ood: bool = False) -> Item:
     """ "Is every x a y?" over one to three hypernym steps."""
     tax, hops = taxonomy(), int(rng.integers(1, 4))
@@ -1920,6 +1930,7 @@ def inject(item: Item, fault: str, rng: np.random.Generator) -> Candidate | None
     return Candidate(item, solution_text(lines, answer), fault, (*marks, last), fault == "none")
 
 
+# %% tags=["hide-input"]
 def other_answer(item: Item, rng: np.random.Generator) -> str:
     """A wrong answer of the same form."""
     if item.kind in ("math", "hybrid"):
@@ -1961,6 +1972,7 @@ def fault_math(item: Item, fault: str, rng: np.random.Generator):
     return [step_text(*d) for d in done], marks, str(done[-1][3])
 
 
+# %% tags=["hide-input"]
 def fault_logic(item: Item, fault: str, rng: np.random.Generator):
     """A conclusion that does not follow, or a line that has nothing to do with the question."""
     premises, atom = item.extra
@@ -2879,6 +2891,7 @@ def gather_use(metrics: dict, arrays: dict) -> None:
             arrays[f"cluster/question/{name}"] = mended["question"]
 
 
+# %%
 def gather_confidence(metrics: dict, arrays: dict) -> None:
     """C6: V_score against whether the verdict is right, on sampled solutions."""
     part = pooled("sampled", "verifiagent", TYPES) or pooled("injected", "verifiagent", TYPES)
@@ -3015,6 +3028,7 @@ def draw_balanced(results):
     return figure
 
 
+# %% tags=["figure", "hide-input"]
 def cluster_interval(values: np.ndarray, labels: np.ndarray, resamples: int = 1000) -> tuple[float, float]:
     """95 % percentile bootstrap of a mean over clusters."""
     _, which = np.unique(labels, return_inverse=True)

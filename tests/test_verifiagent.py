@@ -235,6 +235,37 @@ def test_programs_in_the_sandbox() -> None:
         q.ProverTool("prolog")
 
 
+@isolated
+def test_answers_cannot_attack() -> None:
+    for name in (
+        "class that lies",
+        "forged answer",
+        "terminal escape",
+        "leave before answering",
+        "huge text",
+    ):
+        seen = q.PythonTool(1.0)(q.ANSWER_ATTACKS[name])
+        assert len(seen.text) < 300 and seen.text.replace("\n", "").isprintable() and seen.text != "42", name
+        assert q.PythonTool()("ans = str(6 * 7)").text == "42"
+
+
+@isolated
+def test_openai_compatible_server(monkeypatch) -> None:
+    pytest.importorskip("openai")
+    monkeypatch.setattr(q, "run", types.SimpleNamespace(device="cpu"), raising=False)
+    server = q.http.server.ThreadingHTTPServer(("127.0.0.1", 0), q.TinyServer)
+    q.threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        llm, prompts = q.load_llm(f"openai:tiny@http://127.0.0.1:{server.server_port}/v1")
+        agent = q.VerifiAgent(llm, {"python": q.PythonTool()}, prompts=prompts)
+        verdict = agent.verify("What is 14 * 6 - 20?", "Answer: 84")
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert prompts == "full" and verdict.correct is False and verdict.trace[0].observed == "64"
+    assert verdict.v_score == pytest.approx(1.0) and verdict.usage.prompt_tokens == 100
+
+
 def test_no_isolation_is_refused(monkeypatch) -> None:
     def refuse(*args):
         raise sandbox.SandboxUnavailable("no network isolation")
