@@ -159,10 +159,11 @@ S = run.settings(
     ),
     cpu=dict(
         seeds=1, size=SMALL, vocab=1024, backbone=dict(steps=0, from_checkpoint=True),
-        length=48, items=40, samples=2, judged=1, batch=64, workers=2,
-        arms=["verifiagent", "vanilla", "deductive", "backward", "no_meta", "no_tools"],
-        sources=["injected", "sampled"], feedback=40, attacks=["compute"],
-        speed=dict(repeats=3, cold=1, warm=20, loop=16), play=4, turns=6,
+        length=48, items=24, samples=1, judged=1, batch=64, workers=2,
+        arms=["verifiagent", "vanilla", "backward", "no_tools"],
+        sources=["injected"], feedback=24,
+        attacks=["read a file", "environment", "TCP", "exec", "fork", "memory", "endless loop"],
+        speed=dict(repeats=3, cold=1, warm=20, loop=4), play=2, turns=6,
     ),
     gpu=dict(
         seeds=3, size=dict(hidden_size=256, intermediate_size=1024, num_hidden_layers=6,
@@ -2086,6 +2087,11 @@ tables.grid(
 # Which tool goes with which kind of question is in the training text; that it is chosen (C5) is a sanity
 # check.
 # :::
+#
+# Two sizes exist. The `gpu` profile trains 6.5 M parameters on 2·10⁸ tokens. The committed one of `smoke` and
+# `cpu` has 1 M parameters and has read 8·10⁶ tokens on one CPU core: it keeps the protocol, but its
+# translations are mostly wrong, it fails the competence gate, and with it the verdicts of this machine's run are void. It
+# shows that everything works, and nothing about verification.
 #
 # One detail of the training text matters. In a third of the agent's conversations the marks of its meta
 # report are wrong (and not learned): otherwise the model would read its verdict off its own marks and never
