@@ -2090,8 +2090,8 @@ tables.grid(
 #
 # Two sizes exist. The `gpu` profile trains 6.5 M parameters on 2·10⁸ tokens. The committed one of `smoke` and
 # `cpu` has 1 M parameters and has read 8·10⁶ tokens on one CPU core: it keeps the protocol, but its
-# translations are mostly wrong, it fails the competence gate, and with it the verdicts of this machine's run are void. It
-# shows that everything works, and nothing about verification.
+# translations are mostly wrong, it fails the competence gate, and with it the verdicts of this machine's
+# run are void. It shows that everything works, and nothing about verification.
 #
 # One detail of the training text matters. In a third of the agent's conversations the marks of its meta
 # report are wrong (and not learned): otherwise the model would read its verdict off its own marks and never
