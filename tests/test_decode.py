@@ -70,6 +70,16 @@ def test_rows_of_one_length_take_the_unmasked_path_and_equal_generate():
     assert torch.equal(decode.sample(model, rows, 30, eos_id=EOS, pad_id=PAD, temperature=0).ids, expected)
 
 
+def test_no_position_of_a_padded_prompt_has_nothing_to_attend_to():
+    """Some attention kernels give nan for such a row, and the next layer hands it on to all others."""
+    model, masks = build("llama"), []
+    keep = lambda module, args, kwargs: masks.append(kwargs["attention_mask"])  # noqa: E731
+    model.model.register_forward_pre_hook(keep, with_kwargs=True)
+    decode.sample(model, [[3, 4], [9, 8, 7, 10]], 3, eos_id=EOS, pad_id=PAD)
+    assert masks[0].shape == (2, 1, 4, 4) and all((mask == 0).any(-1).all() for mask in masks)
+    assert (masks[0][0, 0, 2:, :2] < 0).all(), "a real token sees padding"
+
+
 def test_mask_and_finished_of_rows_that_end_and_rows_that_do_not():
     model = build("llama")
     rollout = decode.sample(

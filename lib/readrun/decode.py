@@ -188,7 +188,10 @@ class Decoder:
         self._slot.fill_(width - 1)
         self._mask.fill_(hidden)
         self._mask[..., :width].masked_fill_(spread(self._seen)[:, None, None], 0)
-        allowed = self._seen[:, None, None] & torch.ones(width, width, device=self.device).tril().bool()
+        itself = torch.eye(width, dtype=torch.bool, device=self.device)
+        causal = torch.ones_like(itself).tril()
+        # padding sees itself: a row of nothing is nan in some attention kernels, and 0 times nan is nan
+        allowed = self._seen[:, None, None] & causal | itself
         mask = None if full else torch.zeros_like(allowed, dtype=self.dtype).masked_fill_(~allowed, hidden)
         self._state.slot = None
         self._advance(sampler, input_ids=self._prompt, attention_mask=mask, position_ids=positions, **inputs)
