@@ -144,7 +144,8 @@ class Claim(Strict):
 class Check(Strict):
     """A condition on a machine-made file: the committed `record`, or the last `smoke` or `cpu` execution.
 
-    pointer: JSON pointer into it. `len>=` counts a list's entries; `exists` takes no value.
+    pointer: JSON pointer into it; of an execution: /state, /seconds, /peak_ram_gib, /effects/<claim id>.
+    `len>=` counts a list's entries; `exists` takes no value.
     """
 
     file: Literal["record", "smoke", "cpu"]

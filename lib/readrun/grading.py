@@ -7,6 +7,7 @@ written by `python -m readrun grade --collect`). The same files give the same gr
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import operator
@@ -231,8 +232,11 @@ def collect(slug: str) -> dict[str, Any]:
     found: dict[str, Any] = {"schema": 1, "slug": slug, "sources_sha256": sources_sha256(slug)}
     found |= {"nonce": secrets.token_hex(16), "tests": run_tests(tests), "runs": {}}
     for profile in ("smoke", "cpu"):
-        status = execute.read_status(execute.run_folder(slug, profile))
-        if status:
+        folder = execute.run_folder(slug, profile)
+        if status := execute.read_status(folder):
             found["runs"][profile] = {k: status[k] for k in ("state", "seconds", "peak_ram_gib")}
+        with contextlib.suppress(records.RecordError):  # it failed before it had results
+            effects = {i: claim["effect"] for i, claim in records.from_folder(folder).claims.items()}
+            found["runs"].get(profile, {})["effects"] = effects
     paths.write_atomic(_evidence_file(slug), json.dumps(found, indent=1) + "\n")
     return found
