@@ -52,6 +52,7 @@ questions = ""  # JSON lines {"problem": …, "answer": …} for your own model;
 import copy
 import functools
 import inspect
+import itertools
 import json
 import math
 import re
@@ -790,15 +791,19 @@ def pretrain(
 ):
     """Next-token training on freshly rendered responses; prompts are not scored. Returns the losses."""
     rng, device = np.random.default_rng(seed), next(model.parameters()).device
+    codes, pad = (
+        tokenizer.get_vocab(),
+        tokenizer.pad_token_id,
+    )  # the tokenizer itself takes longer than a step
 
     def batches():
         for _ in range(steps):
             asked = [make_question(rng, int(rng.integers(terms[0], terms[1] + 1))) for _ in range(batch)]
-            texts = [q.prompt + render_chain(q, rng, style) for q in asked]
-            coded = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
-            start = torch.tensor([len(q.prompt) for q in asked])[:, None]
-            scored = coded.attention_mask.bool() & (torch.arange(coded.input_ids.shape[1]) >= start)
-            yield coded.input_ids.to(device), coded.input_ids.masked_fill(~scored, -100).to(device)
+            rows = [[codes[c] for c in q.prompt + render_chain(q, rng, style)] for q in asked]
+            width, start = max(map(len, rows)), torch.tensor([len(q.prompt) for q in asked])
+            ids = torch.tensor([row + [pad] * (width - len(row)) for row in rows])
+            scored = (ids != pad) & (torch.arange(width) >= start[:, None])
+            yield ids.to(device), ids.masked_fill(~scored, -100).to(device)
 
     def loss_of(model, pair):
         logits = model(input_ids=pair[0]).logits[:, :-1]
@@ -1072,9 +1077,9 @@ mdp = run.unit(exact_mdp, **S.exact)
 # %% [markdown]
 # ### Base models
 #
-# In `gpu` the model has 3.2 M parameters and is pre-trained here; the bases of the two controls continue from
-# the main one on their own corpus, so that all three know equally much. `smoke` and `cpu` start from a
-# committed checkpoint of 0.1 M parameters (0.5 MB) that `make_checkpoint` below has trained on a CPU.
+# In `gpu` a larger model is pre-trained here; the bases of the two controls continue from the main one on
+# their own corpus, so that all three know nearly the same. `smoke` and `cpu` start from a small committed
+# checkpoint that `make_checkpoint` below has trained on a CPU.
 #
 # Reinforcement learning uses questions of the seeds 0 to 9999, the evaluation others. Questions with one or
 # two addends exist only 100 and 1000 times, so that the same question can occur on both sides; what is
@@ -1134,6 +1139,8 @@ def judge_base(puzzle: str, base, size: dict, rl: dict, evaluate: dict) -> dict[
 
 
 # %%
+weights = make_model(S.size, make_tokenizer(), 0).num_parameters()
+print(f"{weights / 1e6:.2f} M parameters in this profile")
 bases: dict[str, readrun.Unit] = {}
 for puzzle in S.puzzles:
     shape = dict(size=S.size, recipe=S.pretrain, terms=S.rl["terms"], start=bases.get("main"))
@@ -1228,52 +1235,36 @@ def choose_penalty(found: dict[float, tuple[float, float]]) -> float:
 
 
 # %%
-def tuned_rates() -> tuple[dict[str, float], list[dict]]:
-    """({arm: rate}, rows of the tuning table); an arm whose tuning runs are not there is left out."""
-    rates, rows = {}, []
-    family = [arm for arm in S.arms if arm not in ("rloo", "length_penalty")]
-    for arm in family:
+def tuned_rates() -> tuple[dict[str, float], dict[str, dict[float, readrun.Unit]]]:
+    """({arm: rate}, {arm: {rate: tuning run}}); an arm whose tuning runs are not there is left out."""
+    rates, runs = {}, {}
+    for arm in [arm for arm in S.arms if arm not in ("rloo", "length_penalty")]:
         if len(S.rates) == 1:
             rates[arm] = S.rates[0]
             continue
-        runs = {
-            r: run.unit(tune_arm, arm=arm, lr=r, base=bases["main"], size=S.size, rl=S.rl) for r in S.rates
-        }
-        if all(unit.done for unit in runs.values()):
-            rates[arm] = choose_rate({r: unit["reward"] for r, unit in runs.items()})
-            rows.append(
-                {"arm": arm}
-                | {f"{r:g}": round(u["reward"], 3) for r, u in runs.items()}
-                | {"chosen": rates[arm]}
-            )
+        shape = dict(base=bases["main"], size=S.size, rl=S.rl)
+        found = {rate: run.unit(tune_arm, arm=arm, lr=rate, **shape) for rate in S.rates}
+        if all(unit.done for unit in found.values()):
+            runs[arm] = found
+            rates[arm] = choose_rate({rate: unit["reward"] for rate, unit in found.items()})
     for arm, like in (("rloo", "dr_grpo"), ("length_penalty", "grpo")):
         if arm in S.arms and like in rates:
             rates[arm] = rates[like]
-    return rates, rows
+    return rates, runs
 
 
 # %%
-rates, tuning = tuned_rates()
+rates, tuned = tuned_rates()
 penalty = 0.0
 if "length_penalty" in rates:
-    options = {
-        "arm": "length_penalty",
-        "lr": rates["length_penalty"],
-        "base": bases["main"],
-        "size": S.size,
-        "rl": S.rl,
-    }
-    penalised = {p: run.unit(tune_arm, penalty=p, **options) for p in S.penalties}
-    if all(unit.done for unit in penalised.values()):
-        penalty = choose_penalty({p: (unit["reward"], unit["wrong"]) for p, unit in penalised.items()})
-        tuning += [
-            {"arm": f"length_penalty {p:g}", "chosen": "yes" if p == penalty else ""} for p in penalised
-        ]
+    shape = dict(lr=rates["length_penalty"], base=bases["main"], size=S.size, rl=S.rl)
+    found = {p: run.unit(tune_arm, arm="length_penalty", penalty=p, **shape) for p in S.penalties}
+    if all(unit.done for unit in found.values()):
+        tuned["length_penalty"] = found
+        penalty = choose_penalty({p: (unit["reward"], unit["wrong"]) for p, unit in found.items()})
     else:
         del rates["length_penalty"]
-tables.grid(
-    tuning, caption="Mean reward on the tuning seed, last quarter of the steps, by learning rate."
-) if tuning else rates
+print("learning rates:", {arm: f"{rate:g}" for arm, rate in rates.items()})
 
 # %% [markdown]
 # In order of importance: the 2×2 family on the main puzzle, then the control with a shared filler, then the
@@ -1400,9 +1391,9 @@ if "dr_grpo" in rates:
 # ### Speed and memory
 #
 # Three questions. Is the fix free (step time of the four objectives)? What does the captured decode step gain
-# over `generate`? And what do chunked log-probabilities cost at the paper's real dimensions, hidden size 1536
-# and a vocabulary of 151 936, for 8 responses of 3000 tokens (random weights: time and memory depend on
-# shapes only)?
+# over `generate` as it comes, without a compiled static cache? And what do chunked log-probabilities cost at
+# the paper's real dimensions, hidden size 1536 and a vocabulary of 151 936, for 8 responses of 3000 tokens
+# (random weights: time and memory depend on shapes only)?
 
 
 # %%
@@ -1479,10 +1470,10 @@ def bench_rollouts(base, size: dict, shape: dict) -> dict[str, Any]:
     greedy = dict(max_new_tokens=shape["new_tokens"], do_sample=False)
     ids = torch.tensor(prompts, device=run.device)
     theirs = model.generate(ids, attention_mask=torch.ones_like(ids), **greedy)[:, len(prompts[0]) :]
+    ends = completion_mask(theirs, model.generation_config.eos_token_id).sum(1).tolist()
+    theirs = [row[:end] for row, end in zip(theirs.tolist(), ends, strict=True)]
     ours = sample_group(model, prompts, 1, shape["new_tokens"], temperature=0.0).completions
-    differ = [
-        [a != b for a, b in zip(row, o, strict=False)] for row, o in zip(theirs.tolist(), ours, strict=True)
-    ]
+    pairs = [pair for rows in zip(theirs, ours, strict=True) for pair in itertools.zip_longest(*rows)]
     width, layers = shape["wide"]
     wide = LlamaConfig(
         vocab_size=128, hidden_size=width, intermediate_size=width * 8 // 3, num_hidden_layers=layers,
@@ -1492,7 +1483,7 @@ def bench_rollouts(base, size: dict, shape: dict) -> dict[str, Any]:
     big = LlamaForCausalLM(wide).to(run.device).eval()
     prompts = torch.randint(1, 128, (shape["wide_batch"], 16)).tolist()
     found = rollout_speed(big, prompts, min(64, shape["new_tokens"]), repeats)
-    return out | {f"wide__{k}": v for k, v in found.items()} | {"mismatches": int(sum(map(sum, differ)))}
+    return out | {f"wide__{k}": v for k, v in found.items()} | {"mismatches": sum(a != b for a, b in pairs)}
 
 
 # %%
@@ -1632,7 +1623,10 @@ def gather() -> tuple[dict, dict]:
 
 # %% tags=["hide-input"]
 def gather_rest(metrics: dict, arrays: dict) -> None:
-    """Add difficulty, RLOO identity and timings."""
+    """Add tuning runs, difficulty, RLOO identity and timings."""
+    for arm, runs in tuned.items():
+        for metric, key in (("tuning_reward", "reward"), ("tuning_wrong_tokens", "wrong")):
+            metrics.setdefault(metric, {})[arm] = {value: unit[key] for value, unit in runs.items()}
     ratio = difficulty_mass(0.02, 8, "std") / difficulty_mass(0.02, 8, "none")
     even = difficulty_mass(0.5, 8, "std") / difficulty_mass(0.5, 8, "none")
     metrics["difficulty_weight_ratio"] = {"g8": [float(ratio / even)]}
@@ -1779,21 +1773,27 @@ def summary(results, puzzle="main"):
 
     for arm in [n for n in NAMES if n in results.metrics.get(f"{prefix}accuracy", {})]:
         of = lambda metric, arm=arm: results.metrics.get(prefix + metric, {}).get(arm, [])  # noqa: E731
+        late = lambda key, arm=arm: results.arrays[f"curve/{puzzle}/{arm}/{key}"][:, -10:].mean(dtype=float)  # noqa: E731
         rows.append({
             "arm": NAMES[arm], "wrong (tokens)": pm(of("wrong_answer_tokens"), 1),
             "right (tokens)": pm(of("right_answer_tokens"), 1),
             "accuracy": pm(of("accuracy"), 3), "hard set": pm(of("hard_accuracy"), 3),
-            "truncated": pm(of("truncated"), 3),
+            "truncated": pm(of("truncated"), 3), "clipped": f"{late('clip_fraction'):.4f}",
+            "silent groups": f"{late('zero_groups'):.2f}",
             "tokens sampled (M)": pm(np.array(of("tokens_sampled")) / 1e6, 2), "seeds": len(of("accuracy")),
         })  # fmt: skip
-    return tables.grid(rows, caption=f"Puzzle {puzzle}, {results.profile}: mean ± standard error over seeds.")
+    return tables.grid(rows, caption=f"Puzzle {puzzle}, {results.profile}: mean ± standard error over seeds. "
+        "Clipped: share of tokens, silent: share of groups with equal rewards, last 10 steps.")  # fmt: skip
 
 
 summary(here)
 
 # %% [markdown]
 # The control: with one filler token for both flags, a push on "more filler after a failure" is to a large
-# part a push on "more filler", and right and wrong responses pull it in opposite directions.
+# part a push on "more filler", and right and wrong responses pull it in opposite directions. The flag itself
+# stays in the response, so that attention could still tell the two cases apart: the control makes the failure
+# harder to act on, it does not hide it. The bases of both controls have had a few more steps of pre-training
+# than the main one; the table of base models shows how nearly they are as good.
 
 # %%
 summary(here, "shared")
@@ -1882,6 +1882,31 @@ plots.show(
 summary(shown)
 
 # %% [markdown]
+# Is the gap one of learning rates? Each arm chose its own. The tuning runs tell what happened at equal rates:
+# every cell has the rate (or the penalty), the mean reward, and the length of wrong answers, over the last
+# quarter of the steps of a run on the tuning seed.
+
+
+# %% tags=["hide-input"]
+def tuning_table(results):
+    """One row per tuned arm: reward and wrong length at each value tried, and the chosen value."""
+    rows, metrics = [], results.metrics
+    for arm, rewards in metrics.get("tuning_reward", {}).items():
+        values = results.arrays[f"seeds/tuning_reward/{arm}"].tolist()
+        found = list(zip(values, rewards, metrics["tuning_wrong_tokens"][arm], strict=True))
+        if arm == "length_penalty":
+            chosen = choose_penalty({value: (reward, wrong) for value, reward, wrong in found})
+        else:
+            chosen = choose_rate({value: reward for value, reward, _ in found})
+        cells = [f"{value:g}: {reward:.3f}, {wrong:.1f} tokens" for value, reward, wrong in found]
+        names = ("smallest", "middle", "largest")
+        rows.append({"arm": NAMES[arm], **dict(zip(names, cells, strict=False)), "chosen": f"{chosen:g}"})
+    return tables.grid(rows, caption="Learning rates (length penalty: its weight) on the tuning seed.")
+
+
+tuning_table(shown) if "tuning_reward" in shown.metrics else print("This profile has one rate: no tuning.")
+
+# %% [markdown]
 # The two controls: the shared filler (the policy's two fillers are tied together), and the puzzle in which
 # another try can pay.
 
@@ -1928,11 +1953,13 @@ def speed_rows(results) -> list[dict]:
             )
     if "ms/rollout" in results.arrays:
         ms, update = mean(results.arrays["ms/rollout"]), mean(results.arrays["ms/dr_grpo"])
-        rows.append(
-            bench.row(
-                f"rollout round ({ms / (ms + update):.0%} of a step)", ms, "rounds/s", achieved=1e3 / ms
-            )
-        )
+        rounds = {"captured": ms}
+        if "rollout_tokens_per_second" in m:  # the round that its tokens per second would give
+            speed = {k: mean(v) for k, v in m["rollout_tokens_per_second"].items()}
+            rounds |= {k: ms * speed["captured"] / speed[k] for k in ("generate", "generate_float32")}
+        for kind, ms in rounds.items():
+            share = f"rollout round, {kind} ({ms / (ms + update):.0%} of a step)"
+            rows.append(bench.row(share, ms, "rounds/s", achieved=1e3 / ms))
     return rows
 
 
@@ -1999,10 +2026,9 @@ def simulate_filler(
     return np.array(path)
 
 
-# %% tags=["widget", "hide-input"]
-def draw_filler(objective: str, group_size: int, accuracy: float, lr: float):
+# %% tags=["figure", "hide-input"]
+def panel(ax, objective: str, group_size: int, accuracy: float, lr: float) -> None:
     """Both filler probabilities over the steps, four seeds."""
-    figure, ax = plt.subplots(figsize=(6.2, 3.1))
     path = simulate_filler(objective, group_size, accuracy, lr)
     for i, (name, style) in enumerate(plots.arms(["after a right answer", "after a wrong answer"]).items()):
         lines = ax.plot(path[:, :, i], alpha=0.75, linewidth=1.5, **style)
@@ -2010,6 +2036,27 @@ def draw_filler(objective: str, group_size: int, accuracy: float, lr: float):
     ax.axhline(MORE_FILLER, color="#555555", linewidth=0.8)
     ax.set_ylim(-0.02, 1.02)
     plots.label(ax, "step", "P(one more filler token) (1)", f"{NAMES[objective]}, G = {group_size}")
+
+
+figure, axes = plt.subplots(1, 4, figsize=(10.4, 3.0), sharey=True)
+for ax, objective in zip(axes, ("grpo", "no_std", "no_length", "dr_grpo"), strict=True):
+    panel(ax, objective, group_size=8, accuracy=0.25, lr=0.05)
+    ax.set_ylabel("" if objective != "grpo" else ax.get_ylabel())
+axes[0].legend(loc="lower left", fontsize=8)
+plots.show(
+    figure,
+    alt="Four panels, probability of one more filler token against training steps, four seeds each. GRPO and "
+    "no std: after a wrong answer it rises to 1, after a right one it falls to 0. No length and Dr. GRPO: "
+    "both wander around the start.",
+    caption="With the division by length the two probabilities run apart; without it they wander.",
+)
+
+
+# %% tags=["widget", "hide-input"]
+def draw_filler(objective: str, group_size: int, accuracy: float, lr: float):
+    """Both filler probabilities over the steps, four seeds."""
+    figure, ax = plt.subplots(figsize=(6.2, 3.1))
+    panel(ax, objective, group_size, accuracy, lr)
     ax.legend(loc="lower left", fontsize=9)
     return figure
 
@@ -2217,7 +2264,8 @@ def make_checkpoint(puzzle: str, folder: str, start: str = "", seed: int = 0) ->
 # - The base model is a stand-in whose weakness is manufactured. The intervals are over seeds of reinforcement
 #   learning; all seeds of a puzzle share one base model.
 # - A budget that is too small hides the effect, because everything is cut off; one that is never reached
-#   hides the run-away. The table shows the truncated share.
+#   hides the run-away. The table shows the truncated share. Where two arms both end at the budget, that they
+#   agree says little: then look at how fast their curves rise.
 # - Horizons are short: 150 steps, against thousands in practice.
 #
 # **Exercise 1.** With `G = 2` and 0/1 rewards, what does the division by the standard deviation do to the

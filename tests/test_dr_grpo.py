@@ -194,6 +194,24 @@ def test_training_and_evaluation_questions_come_from_different_seeds() -> None:
     assert sizes == {1, 2, 3, 4}
 
 
+def test_pre_training_reads_the_tokens_of_the_tokenizer_and_scores_responses_only() -> None:
+    model, tokenizer = tiny()
+    seen, rng = [], np.random.default_rng(3)
+    model.register_forward_pre_hook(
+        lambda m, args, kwargs: seen.append(kwargs["input_ids"]), with_kwargs=True
+    )
+    losses = q.pretrain(model, tokenizer, "retry", [1, 3], 1, 8, 1e-3, 3)
+    asked = [q.make_question(rng, int(rng.integers(1, 4))) for _ in range(8)]
+    texts = [question.prompt + q.render_chain(question, rng, "retry") for question in asked]
+    coded = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
+    assert torch.equal(seen[0], coded.input_ids)
+    torch.manual_seed(0)
+    fresh, _ = tiny()
+    logps = fresh(**coded).logits.log_softmax(-1)[:, :-1].gather(-1, coded.input_ids[:, 1:, None])[..., 0]
+    places = [(i, j - 1) for i, text in enumerate(texts) for j in range(len(asked[i].prompt), len(text))]
+    assert losses[0] == pytest.approx(-np.mean([logps[place].item() for place in places]), rel=1e-4)
+
+
 def test_puzzle_errors() -> None:
     with pytest.raises(ValueError, match="terms"):
         q.make_question(np.random.default_rng(0), 0)
