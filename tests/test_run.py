@@ -176,6 +176,22 @@ def test_start_seeds_the_streams() -> None:
     assert torch.are_deterministic_algorithms_enabled()
 
 
+def test_no_cudnn_attention_on_a_gpu(tmp_path: Path) -> None:
+    """Its gradients can be nan (pytorch/pytorch#196678); a unit must not depend on what ran before it."""
+    torch = pytest.importorskip("torch")
+    on = torch.backends.cuda.cudnn_sdp_enabled()
+    run = readrun.start("own", profile="smoke", device="cpu", out=str(tmp_path))
+    try:
+        torch.backends.cuda.enable_cudnn_sdp(True)
+        run.torch_setup()
+        assert torch.backends.cuda.cudnn_sdp_enabled()
+        run.device = "cuda"
+        run.torch_setup()
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(on)
+
+
 def test_start_needs_no_torch() -> None:
     program = "import sys, readrun; readrun.start('toy', device='cpu'); print('torch' in sys.modules)"
     assert subprocess.check_output([sys.executable, "-c", program], text=True) == "False\n"

@@ -166,9 +166,14 @@ class Run:
         return time.perf_counter() - self._started - self._computing
 
     def torch_setup(self) -> None:
-        """Deterministic algorithms where torch runs on the CPU; nothing if torch is not imported yet."""
-        if self.device == "cpu" and "torch" in sys.modules:
-            sys.modules["torch"].use_deterministic_algorithms(True)
+        """Deterministic algorithms on the CPU, no cuDNN attention on a GPU; nothing without torch."""
+        if "torch" not in sys.modules:
+            return
+        torch = sys.modules["torch"]
+        if self.device == "cpu":
+            torch.use_deterministic_algorithms(True)
+        else:  # with a mask its bf16 gradients can be nan on Hopper: pytorch/pytorch#196678
+            torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def start(
