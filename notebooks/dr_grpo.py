@@ -1775,15 +1775,17 @@ def summary(results, puzzle="main"):
         of = lambda metric, arm=arm: results.metrics.get(prefix + metric, {}).get(arm, [])  # noqa: E731
         late = lambda key, arm=arm: results.arrays[f"curve/{puzzle}/{arm}/{key}"][:, -10:].mean(dtype=float)  # noqa: E731
         rows.append({
-            "arm": NAMES[arm], "wrong (tokens)": pm(of("wrong_answer_tokens"), 1),
-            "right (tokens)": pm(of("right_answer_tokens"), 1),
-            "accuracy": pm(of("accuracy"), 3), "hard set": pm(of("hard_accuracy"), 3),
-            "truncated": pm(of("truncated"), 3), "clipped": f"{late('clip_fraction'):.4f}",
-            "silent groups": f"{late('zero_groups'):.2f}",
-            "tokens sampled (M)": pm(np.array(of("tokens_sampled")) / 1e6, 2), "seeds": len(of("accuracy")),
+            "arm": NAMES[arm], "wrong": pm(of("wrong_answer_tokens"), 1),
+            "right": pm(of("right_answer_tokens"), 1), "accuracy": pm(of("accuracy"), 3),
+            "hard set": pm(of("hard_accuracy"), 3), "cut off": pm(of("truncated"), 3),
+            "sampled": pm(np.array(of("tokens_sampled")) / 1e6, 2),
+            "clipped": f"{late('clip_fraction'):.4f}", "silent": f"{late('zero_groups'):.2f}",
+            "seeds": len(of("accuracy")),
         })  # fmt: skip
     return tables.grid(rows, caption=f"Puzzle {puzzle}, {results.profile}: mean ± standard error over seeds. "
-        "Clipped: share of tokens, silent: share of groups with equal rewards, last 10 steps.")  # fmt: skip
+        "Wrong, right: tokens of such answers; cut off: share that reached the budget; sampled: millions of "
+        "tokens in training. Clipped: share of tokens, silent: share of groups with equal rewards, both over "
+        "the last 10 steps.")  # fmt: skip
 
 
 summary(here)
@@ -2044,7 +2046,7 @@ axes[0].legend(loc="lower left", fontsize=8)
 plots.show(
     figure,
     alt="Four panels, probability of one more filler token against training steps, four seeds each. GRPO and "
-    "no std: after a wrong answer it rises to 1, after a right one it falls to 0. No length and Dr. GRPO: "
+    "no std: after a wrong answer it rises to 1, after a right one it falls towards 0. No length and Dr. GRPO: "
     "both wander around the start.",
     caption="With the division by length the two probabilities run apart; without it they wander.",
 )
@@ -2262,7 +2264,7 @@ def make_checkpoint(puzzle: str, folder: str, start: str = "", seed: int = 0) ->
 # - The base model is a stand-in whose weakness is manufactured. The intervals are over seeds of reinforcement
 #   learning; all seeds of a puzzle share one base model.
 # - A budget that is too small hides the effect, because everything is cut off; one that is never reached
-#   hides the run-away. The table shows the truncated share. Where two arms both end at the budget, that they
+#   hides the run-away. The table shows the share cut off. Where two arms both end at the budget, that they
 #   agree says little: then look at how fast their curves rise.
 # - Horizons are short: 150 steps, against thousands in practice.
 #
