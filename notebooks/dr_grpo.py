@@ -2046,8 +2046,8 @@ axes[0].legend(loc="lower left", fontsize=8)
 plots.show(
     figure,
     alt="Four panels, probability of one more filler token against training steps, four seeds each. GRPO and "
-    "no std: after a wrong answer it rises to 1, after a right one it falls towards 0. No length and Dr. GRPO: "
-    "both wander around the start.",
+    "no std: after a wrong answer it rises to 1, after a right one it falls. No length and Dr. GRPO: both "
+    "wander around the start.",
     caption="With the division by length the two probabilities run apart; without it they wander.",
 )
 
