@@ -155,7 +155,7 @@ S = run.settings(
         length=48, items=2, samples=2, judged=1, batch=32, workers=1,
         arms=["verifiagent", "vanilla", "deductive", "backward"],
         sources=["injected"], feedback=1, attacks=["read a file", "TCP", "exec", "environment"],
-        speed=dict(repeats=3, cold=1, warm=4, loop=2), play=1, turns=4,
+        speed=dict(repeats=1, cold=1, warm=4, loop=1), play=1, turns=2,
     ),
     cpu=dict(
         seeds=1, size=SMALL, vocab=1024, backbone=dict(steps=0, from_checkpoint=True),
