@@ -64,6 +64,7 @@ import sys
 import textwrap
 import threading
 import time
+import warnings
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -105,21 +106,21 @@ disable_progress_bar()
 # %% tags=["figure", "hide-input"]
 BOXES = [
     (0.0, "question +\ncandidate solution", "#e8e8e8"),
-    (1.0, "meta verification\nsteps · complete? · consistent?", "#cfe3f1"),
-    (2.0, "choose a tool,\nsolve the question", "#cfe3f1"),
-    (3.0, "compare\nEvaluate[…]", "#cfe3f1"),
+    (1.1, "meta verification\nsteps · complete? · consistent?", "#cfe3f1"),
+    (2.2, "choose a tool,\nsolve the question", "#cfe3f1"),
+    (3.1, "compare\nEvaluate[…]", "#cfe3f1"),
     (4.0, "verdict, confidence,\nerror, revision", "#e8e8e8"),
 ]
 figure, ax = plt.subplots(figsize=(9.0, 2.5))
 for x, text, color in BOXES:
     ax.text(x, 0, text, ha="center", va="center", fontsize=8.5,
             bbox=dict(boxstyle="round,pad=0.5", facecolor=color, edgecolor="#555555"))  # fmt: skip
-for x in (0.42, 1.48, 2.4, 3.35):
+for x in (0.4, 1.68, 2.57, 3.4):
     ax.annotate("", (x + 0.14, 0), (x, 0), arrowprops=dict(arrowstyle="->", color="#555555"))
-ax.text(2.0, -0.8, "Python · theorem prover · search", ha="center", va="center", fontsize=8.5,
+ax.text(2.2, -0.8, "Python · theorem prover · search", ha="center", va="center", fontsize=8.5,
         bbox=dict(boxstyle="round,pad=0.5", facecolor="#fbe3d2", edgecolor="#D55E00"))  # fmt: skip
-ax.annotate("", (1.9, -0.6), (1.9, -0.25), arrowprops=dict(arrowstyle="->", color="#D55E00"))
-ax.annotate("", (2.1, -0.25), (2.1, -0.6), arrowprops=dict(arrowstyle="->", color="#D55E00"))
+ax.annotate("", (2.1, -0.6), (2.1, -0.25), arrowprops=dict(arrowstyle="->", color="#D55E00"))
+ax.annotate("", (2.3, -0.25), (2.3, -0.6), arrowprops=dict(arrowstyle="->", color="#D55E00"))
 ax.set(xlim=(-0.6, 4.6), ylim=(-1.15, 0.5))
 plots.label(ax, "turns of one frozen model", "level")
 ax.set(xticks=[], yticks=[])
@@ -159,9 +160,9 @@ S = run.settings(
     ),
     cpu=dict(
         seeds=1, size=SMALL, vocab=1024, backbone=dict(steps=0, from_checkpoint=True),
-        length=48, items=24, samples=1, judged=1, batch=64, workers=2,
+        length=48, items=20, samples=2, judged=1, batch=64, workers=2,
         arms=["verifiagent", "vanilla", "backward", "no_tools"],
-        sources=["injected"], feedback=24,
+        sources=["injected", "sampled"], feedback=20,
         attacks=["read a file", "environment", "TCP", "exec", "fork", "memory", "endless loop"],
         speed=dict(repeats=3, cold=1, warm=20, loop=4), play=2, turns=6,
     ),
@@ -1332,7 +1333,9 @@ def with_intervals(pred, true, clusters=None, resamples: int = 2000, seed: int =
     for _ in range(resamples):
         pick = np.concatenate([rows[i] for i in rng.integers(len(rows), size=len(rows))])
         drawn.append(list(verification_metrics(pred[pick], true[pick]).values()))
-    low, high = np.nanpercentile(np.array(drawn, float), [2.5, 97.5], axis=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # a constant verdict has no precision at all
+        low, high = np.nanpercentile(np.array(drawn, float), [2.5, 97.5], axis=0)
     return {k: (v, low[i], high[i]) for i, (k, v) in enumerate(verification_metrics(pred, true).items())}
 
 
@@ -2428,7 +2431,8 @@ def total(usage: Usage, first: Usage | None = None) -> int:
 backbone = run.unit(pretrain_backbone, size=S.size, vocab=S.vocab, recipe=S.backbone, length=S.length)
 if backbone.done:
     BACKBONE = backbone_of(backbone, S.size, 1).name
-    print(f"{BACKBONE}, vocabulary {S.vocab}; last loss {backbone['losses'][-50:].mean():.3f} per token")
+    loss = f"; last training loss {backbone['losses'][-50:].mean():.3f}" if S.backbone["steps"] else ""
+    print(f"{BACKBONE}, vocabulary {S.vocab}{loss}")
 
 # %% [markdown]
 # ### Solutions and verdicts
@@ -3320,10 +3324,10 @@ def draw_play(kind: str, fault: str):
     candidate, verdict, lines = play_result(kind, fault)
     wrap = lambda text, width: "\n".join(textwrap.wrap(text, width)) or " "  # noqa: E731
     left = [wrap(candidate.item.question, 44), "", *[wrap(x, 44) for x in candidate.text.split("\n")]]
-    figure, ax = plt.subplots(figsize=(9.2, 5.6))
+    figure, ax = plt.subplots(figsize=(9.2, 4.6))
     ax.axis("off")
     ax.text(0, 1, "\n".join(left), va="top", family="monospace", fontsize=7.5, transform=ax.transAxes)
-    right = "\n".join(wrap(x, 66) for x in lines[:46])
+    right = "\n".join(wrap(x, 66) for x in lines[:38])
     ax.text(0.44, 1, right, va="top", family="monospace", fontsize=6.6, transform=ax.transAxes)
     word = {True: "Correct", False: "Incorrect", None: "no verdict"}
     good = verdict.accepts == candidate.correct
