@@ -566,7 +566,7 @@ def test_random_trees_are_scored_exactly() -> None:
 
 
 def test_book_is_audited() -> None:
-    audit = q.audit_book()
+    audit = q.audit_book(q.grade_book())
     assert audit["differ"] == 0 and audit["free"] == []
 
 
