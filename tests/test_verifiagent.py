@@ -171,6 +171,9 @@ def test_training_and_test_share_nothing() -> None:
     for kind in q.KINDS:
         mine = {i.question for i in q.make_items(kind, 100, 0, test=True)}
         assert not mine & {i.question for i in q.make_items(kind, 100, 0, test=False)}
+    for test in (True, False):  # few numbers are drawn: that none is shared must not be luck
+        for item in q.make_items("math", 60, 3, test=test):
+            assert (q.stable(f"{item.objective}{item.extra[1]}") == 0) is test
     for item in q.make_items("commonsense", 50, 3):
         assert all(q.taxonomy().cut[name] is True for name in item.extra[0])
 
@@ -566,8 +569,8 @@ def test_measures_against_scikit_learn(pairs) -> None:
 
 
 def test_no_verdict_counts_as_incorrect() -> None:
-    got = q.verification_metrics([None, None, True], [True, False, True])
-    assert got["acc"] == pytest.approx(2 / 3) and got["coverage"] == pytest.approx(1 / 3)
+    got = q.verification_metrics([None, None, True], [False, False, True])
+    assert got["acc"] == 1.0 and got["coverage"] == pytest.approx(1 / 3)
     with pytest.raises(ValueError):
         q.verification_metrics([True], [])
 
