@@ -42,7 +42,8 @@ def main() -> None:
                 image = opened.convert("RGB")
             side = min(image.size)
             left, top = (image.width - side) // 2, (image.height - side) // 2
-            image = image.crop((left, top, left + side, top + side)).resize((192, 192), Image.Resampling.LANCZOS)
+            square = image.crop((left, top, left + side, top + side))
+            image = square.resize((192, 192), Image.Resampling.LANCZOS)
             file = paths.assets("lsnet") / "photographs" / split / f"{Path(name).stem}.webp"
             file.parent.mkdir(parents=True, exist_ok=True)
             image.save(file, "WEBP", quality=85, method=6)
