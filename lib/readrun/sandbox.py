@@ -122,6 +122,8 @@ class SandboxUnavailable(RuntimeError):
 
 
 BACKENDS = ["bwrap", "namespaces"]  # tried in this order
+if hasattr(os, "geteuid") and os.geteuid() == 0:  # root's jobs are nobody only in namespaces of our own
+    BACKENDS.reverse()
 MIB = 2**20
 LAYERS = ("file system", "network", "pid", "ipc", "user", "seccomp", "landlock", "rlimits")
 
@@ -143,7 +145,7 @@ def run(job: str | Sequence[str], policy: Policy | None = None, limits: Limits |
             before, skipped = _copy(policy.files, box.work, limits)
         if isinstance(job, str):
             seen = box.run({"code": job, "answer": policy.answer}, limits, policy.merge)
-            if before:
+            if policy.files is not None:
                 clear(box.work)
         else:
             seen = box.run({"argv": list(job), "env": dict(policy.env)}, limits, policy.merge)
@@ -226,14 +228,16 @@ def _check(job: str | Sequence[str], policy: Policy, limits: Limits) -> None:
     if isinstance(job, str) != (policy.kind == "compute"):
         raise ValueError(f"job: {'Python source' if policy.kind == 'compute' else 'a list of arguments'}")
     words = [] if isinstance(job, str) else [*job, *policy.env, *policy.env.values()]
-    if not job or any("\0" in word for word in words):
-        raise ValueError("job: empty, or a NUL character in an argument")
+    if not job or not all(isinstance(word, str) and "\0" not in word for word in words):
+        raise ValueError("job: empty, or an argument that is no text or has a NUL character")
+    if bad := [name for name in policy.env if not name or "=" in name]:
+        raise ValueError(f"env: {bad[0]!r} is no name of a variable")
     for name in ("collect", "env") if policy.kind == "compute" else ("preload", "answer"):
         if getattr(policy, name):
             raise ValueError(f"{name}: not for {policy.kind}")
     for name, value in vars(limits).items():
-        if isinstance(value, bool) or not (isinstance(value, int | float) and 0 < value < math.inf):
-            raise ValueError(f"{name}: a positive number, not {value!r}")
+        if isinstance(value, bool) or not (isinstance(value, int | float) and 0 < value < 2**32):
+            raise ValueError(f"{name}: a positive number below 2**32, not {value!r}")
         if name != "time" and not isinstance(value, int):
             raise ValueError(f"{name}: a whole number, not {value!r}")
     if policy.files is not None and not Path(policy.files).is_dir():

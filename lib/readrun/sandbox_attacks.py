@@ -86,7 +86,7 @@ class World:
             file.write(self.secret)
         self._stack.callback(os.unlink, name)
         os.environ["READRUN_CANARY"] = self.secret
-        self._stack.callback(os.environ.pop, "READRUN_CANARY")
+        self._stack.callback(os.environ.pop, "READRUN_CANARY", None)
         parent = subprocess.Popen(  # its environment holds the secret from its start
             ["victim" + self.token, "600"],
             executable=shutil.which("sleep"),
@@ -202,9 +202,10 @@ def control(attack: Attack) -> bool:
 def attempt(attack: Attack) -> tuple[bool, Result]:
     """Run the attack in the sandbox: (did it do any harm or end in an unexpected way, the result)."""
     limits = replace(LIMITS, time=SHORT) if attack.effect == "runs on" else LIMITS
+    preload = ("sympy",) if "import sympy" in attack.code else ()  # what takes long is not its import
     with World() as world:
         job: Any = world.code(attack) if attack.kind == "compute" else ["bash", "-c", world.code(attack)]
-        result = sandbox.run(job, Policy(attack.kind), limits)  # type: ignore[arg-type]
+        result = sandbox.run(job, Policy(attack.kind, preload), limits)  # type: ignore[arg-type]
         late = result.seconds > limits.time + sandbox_box.GRACE
         harmed = attack.effect != "dies" and world.harmed(attack, result.stdout, result.returncode, late)
     return harmed or result.status not in attack.expected, result
@@ -213,7 +214,7 @@ def attempt(attack: Attack) -> tuple[bool, Result]:
 def backends() -> list[str]:
     """The backends that work on this machine."""
     found = []
-    for name in sandbox.BACKENDS:
+    for name in sorted(sandbox.BACKENDS):
         with sandbox.only(name):
             found += [name] if not sandbox.report()["reason"] else []
     return found

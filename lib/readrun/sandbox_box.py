@@ -95,6 +95,7 @@ def _plan(kind: str, preload: Sequence[str]) -> tuple[list[tuple[str, str, str]]
             bind(str(source), f"/packages/{source.name}")
     plan += [("device", f"/dev/{name}", f"/dev/{name}") for name in "null zero full random urandom".split()]
     plan += [("link", "/scratch/shm", "/dev/shm"), ("link", "/proc/self/fd", "/dev/fd")]
+    plan += [("link", f"/proc/self/fd/{n}", f"/dev/std{name}") for n, name in enumerate(("in", "out", "err"))]
     plan += [("link", os.path.realpath(sys.executable), f"/python/{name}") for name in ("python", "python3")]
     if not any(path.startswith("/tmp/") for path in bound):
         plan.append(("link", "/scratch/tmp", "/tmp"))
@@ -113,11 +114,13 @@ def _bwrap(plan: list[tuple[str, str, str]], disk: int) -> list[str]:
     options = (
         "bwrap --unshare-all --as-pid-1 --uid 65534 --gid 65534 --cap-drop ALL --hostname sandbox".split()
     )
+    if os.geteuid() == 0:  # for `inside.main`, which gives it up
+        options += ["--cap-add", "CAP_SYS_ADMIN"]
     for kind, source, target in plan:
         if kind == "empty":
             options += ["--tmpfs", target, "--remount-ro", target]
         elif kind == "proc":
-            options += ["--proc", target]
+            options += ["--proc", target, "--remount-ro", target]
         else:
             flag = {"link": "--symlink", "bind": "--ro-bind", "device": "--dev-bind"}[kind]
             options += [flag, source, target]
@@ -149,6 +152,7 @@ class Box:
         host.settimeout(START)
         config = {"control": other.fileno(), "kind": kind, "preload": preload, "packages": packages}
         config |= {"readable": rules, "plan": None}
+        config["devices"] = [target for what, _, target in plan if what == "device" and os.geteuid() == 0]
         command = [os.path.realpath(sys.executable), "-s", "-P", "-S", "-B"]
         if backend == "namespaces":
             size = f"size={disk},nr_inodes={files + 100},mode=755"
@@ -279,6 +283,8 @@ class Box:
                 ours.callback(os.close, reader)
             try:
                 writers = [pipes.get(name, pipes["stdout"])[1] for name in ("stdout", "stderr", "answer")]
+                for writer in writers:
+                    os.fchmod(writer, 0o622)  # so that nobody may open /dev/stdout
                 socket.send_fds(self.socket, [b"job"], [memory, *writers])
             except OSError:
                 self.end(kill=True)
@@ -292,7 +298,8 @@ class Box:
 
     def _rlimits(self, limits: Any) -> dict[str, int]:
         cores = min(os.cpu_count() or 1, limits.processes)
-        shared = {"CORE": 0, "NPROC": limits.processes + 8, "CPU": math.ceil(limits.time * cores) + 1}
+        # CORE 1: like 0, and no handler of the host is started for it either
+        shared = {"CORE": 1, "NPROC": limits.processes + 8, "CPU": math.ceil(limits.time * cores) + 1}
         if self.kind == "script":  # what all processes use together is watched from here
             return shared | {"DATA": 2 * limits.memory * MIB, "FSIZE": limits.disk * MIB, "NOFILE": 512}
         with contextlib.suppress(OSError):  # it has just ended: the job will not start either
@@ -311,7 +318,11 @@ class Box:
             if not self.ended:
                 selector.register(self.socket, selectors.EVENT_READ, "")
             while selector.get_map():
-                for key, _ in selector.select(TICK):
+                over = bool(seconds) or self.ended  # no process is left: what there is to read is there
+                events = selector.select(0 if over else TICK)
+                if over and not events:  # a pipe's end is still open: sent to a socket that sent itself away
+                    break
+                for key, _ in events:
                     if not key.data:
                         message = b""
                         with contextlib.suppress(OSError):
@@ -326,7 +337,7 @@ class Box:
                         selector.unregister(key.fd)
                     room = limits.output + (key.data == "answer") - len(heard[key.data])
                     heard[key.data] += data[: max(room, 0)]
-                    if len(data) > room and not seconds:
+                    if len(data) > room:
                         broken = broken or "output"
                 if seconds or self.ended:
                     continue
@@ -350,17 +361,20 @@ class Box:
         used = os.statvfs(self.work)
         if used.f_files - used.f_ffree > limits.files + 100:
             return "disk"
-        page, threads, resident, processes = os.sysconf("SC_PAGE_SIZE"), 0, 0, []
+        threads, resident, shared = 0, 0, 0
+        seen = dict[int, int]()
         for pid in _below(self.pid):
-            with contextlib.suppress(OSError, IndexError):  # it has just gone
-                threads += len(os.listdir(f"/proc/{pid}/task"))
-                resident += int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * page
-                processes.append(pid)
+            with contextlib.suppress(OSError, KeyError):  # it has just gone
+                lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+                values = dict(line.split(":", 1) for line in lines)
+                threads += int(values["Threads"])
+                seen[pid], tables = (int(values[name].split()[0]) * 1024 for name in ("VmRSS", "VmPTE"))
+                resident += seen[pid] + tables
             if threads > limits.processes:
                 return "processes"
         if self.kind == "script" and resident > limits.memory * MIB:  # count shared pages once
-            return "memory" if sum(map(_proportional, processes)) > limits.memory * MIB else ""
-        return ""
+            shared = sum(max(size - _proportional(pid), 0) for pid, size in seen.items())
+        return "memory" if self.kind == "script" and resident - shared > limits.memory * MIB else ""
 
 
 def _below(pid: int) -> Iterator[int]:
@@ -379,7 +393,7 @@ def _below(pid: int) -> Iterator[int]:
 
 
 def _proportional(pid: int) -> int:
-    """Bytes of memory of a process, its part of shared pages."""
+    """Bytes of memory of a process with its part of shared pages; 0 if it has gone."""
     try:
         text = Path(f"/proc/{pid}/smaps_rollup").read_text()
         return int(text.split("Pss:")[1].split()[0]) * 1024

@@ -66,17 +66,17 @@ def _copy(
     for entry in sorted(os.listdir(here)):
         path = printable(os.fsencode(prefix + entry)).replace("\n", "\\n").replace("\t", "\\t")
         why = ""
+        if left[1] <= 0:
+            skipped["…"] = "too many files"
+            return
+        left[1] -= 1
         if path != prefix + entry:
             why = "odd name"
         elif (twin := seen.setdefault(entry.casefold(), entry)) != entry:
             why = f"differs from {twin} only by case"
-        elif left[1] <= 0:
-            skipped["…"] = "too many files"
-            return
         if why:
             skipped[path] = why
             continue
-        left[1] -= 1
         try:
             status = os.stat(entry, dir_fd=here, follow_symlinks=False)
             if stat.S_ISDIR(status.st_mode):

@@ -40,11 +40,15 @@ DENIED_TO_COMPUTE = (  # other programs and processes, sockets, every change of 
     " mknod 133 setxattr 188 lsetxattr 189 fsetxattr 190 utimes 235 mkdirat 258 mknodat 259 fchownat 260"
     " futimesat 261 unlinkat 263 renameat 264 linkat 265 symlinkat 266 fchmodat 268 utimensat 280"
     " renameat2 316"
+    # and whatever of process 1 the next job would inherit: priority, processors
+    " setpriority 141 sched_setparam 142 sched_setscheduler 144 sched_setaffinity 203 ioprio_set 251"
+    " sched_setattr 314"
 )
 NEW_SYSCALLS = 424  # and later, and x32's: "not implemented", so that libc takes calls a filter can read
 EPERM, EACCES, ENOSYS = 1, 13, 38
 SOCKETS = (1, 2, 10)  # AF_UNIX, AF_INET, AF_INET6; others, such as AF_VSOCK, know no network namespaces
 CLONE, CLONE_THREAD, CLONE_NEW = 56, 0x10000, 0x7E020000
+PRLIMIT = 302
 OPENS_FOR_WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | 0o20000000
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -84,6 +88,7 @@ def seccomp_program(kind: str) -> bytes:
         program += when(number, give(EPERM))
     if kind == "compute":
         program += when(CLONE, load(16), op(0x45, CLONE_THREAD, 1, 0), give(EPERM), give(0))
+        program += when(PRLIMIT, load(16), op(0x15, 0, 1, 0), give(EPERM), give(0))  # of oneself only
         for number, flags in ((2, 24), (257, 32)):  # open, openat
             program += when(number, load(flags), op(0x45, OPENS_FOR_WRITING, 0, 1), give(EACCES), give(0))
     else:
@@ -135,8 +140,14 @@ def take_layers(job: dict[str, Any], ruleset: int, program: bytes) -> None:
 # ---- the job
 
 
-def child(job: dict[str, Any], fds: list[int], ruleset: int, program: bytes) -> NoReturn:
-    """In the forked process: take the layers, say "+", then become the job."""
+def child(fds: list[int], ruleset: int, program: bytes) -> NoReturn:
+    """In the forked process: take the layers, say "+", then become the job.
+
+    The order is read here and not before the fork: the next job could find it in its own memory.
+    """
+    with os.fdopen(fds[0], "rb") as file:
+        job = marshal.load(file)
+    fds = fds[1:]
     high = [fcntl.fcntl(fd, fcntl.F_DUPFD, 100) for fd in ([*fds, ruleset] if ruleset >= 0 else fds)]
     for fd, target in zip(high, (1, 2, 3, 4), strict=False):
         os.dup2(fd, target, inheritable=target < 3)
@@ -235,20 +246,23 @@ def serve(control: socket.socket, kind: str, ruleset: int) -> None:
         if message != b"job":
             continue  # "kill" came too late
         fds = list(struct.unpack("4i", rights[0][2]))
-        with os.fdopen(fds.pop(0), "rb") as file:
-            job = marshal.load(file)
         if (pid := os.fork()) == 0:
             try:
-                child(job, fds, ruleset, program)
+                child(fds, ruleset, program)
             finally:
                 os._exit(70)
         for fd in fds:
             os.close(fd)
         ended = os.pidfd_open(pid)
-        while ended not in select.select([ended, control.fileno()], [], [])[0]:
-            if not control.recv(16):
-                return
-            os.kill(-1, signal.SIGKILL)
+        while ended not in (ready := select.select([ended, control.fileno()], [], [], 0.02)[0]):
+            if ready:
+                if not control.recv(16):
+                    return
+                os.kill(-1, signal.SIGKILL)
+            # orphans that ended are ours to bury, or they count as processes of the job
+            how = os.WEXITED | os.WNOHANG | os.WNOWAIT
+            while (gone := os.waitid(os.P_ALL, 0, how)) and gone.si_pid != pid:
+                os.waitpid(gone.si_pid, 0)
         code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         os.close(ended)
         reap_all()
@@ -257,9 +271,15 @@ def serve(control: socket.socket, kind: str, ruleset: int) -> None:
 
 def main(config: dict[str, Any]) -> None:
     """Make the namespaces unless bubblewrap has, introduce yourself to the host, serve."""
-    control = socket.socket(fileno=config["control"])
+    # as low as can be: `child` closes what it inherits up to 1024, and `select` takes no more
+    control = socket.socket(fileno=fcntl.fcntl(config["control"], fcntl.F_DUPFD_CLOEXEC, 3))
+    os.close(config["control"])
     if config["plan"] is not None:
         namespaces(config, control)
+    else:
+        for path in config["devices"]:  # root's jobs own them, and could change the modes of the host's
+            restrict(path, 3)
+    call("capset", struct.pack("Ii", 0x20080522, 0), bytes(24))
     if os.getpid() != 1:  # `kill(-1)` below must never meet the host's processes
         return
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -305,7 +325,7 @@ def restrict(path: str, attributes: int, recursive: bool = True) -> None:
 
 
 def namespaces(config: dict[str, Any], control: socket.socket) -> None:
-    """Leave all of the host's namespaces; returns in process 1 of the new ones, without any capability.
+    """Leave all of the host's namespaces; returns in process 1 of the new ones.
 
     The first process stays outside the PID namespace and waits, as bubblewrap's does.
     """
@@ -331,7 +351,7 @@ def namespaces(config: dict[str, Any], control: socket.socket) -> None:
         elif kind == "proc":
             os.makedirs(target, exist_ok=True)
             try:
-                mount("proc", target, "proc", 0xE)
+                mount("proc", target, "proc", 0xF)  # read-only: some files in it are settings of the kernel
             except OSError:  # a container that hides parts of /proc: do without
                 pass
         elif kind == "scratch":
@@ -355,4 +375,3 @@ def namespaces(config: dict[str, Any], control: socket.socket) -> None:
         os.setgroups([])
         os.setresgid(NOBODY, NOBODY, NOBODY)
         os.setresuid(NOBODY, NOBODY, NOBODY)
-    call("capset", struct.pack("Ii", 0x20080522, 0), bytes(24))
