@@ -175,6 +175,7 @@ def test_joint_loss_is_the_weighted_sum_and_trains_one_network() -> None:
     want = [q.contrastive_loss(queries[[i]], vectors[keep], torch.tensor([0])) for i, keep in
             ((0, [0, 2]), (1, [1, 2]), (2, [2, 0, 1]))]  # fmt: skip
     assert torch.allclose(easy, torch.stack(want).mean(), atol=1e-4)
+    assert torch.allclose(q.loss_everywhere(model, batch), lg + lr, atol=1e-4)
     assert q.joint_loss(model, batch, lam=0.0)[2] == 0
     assert q.joint_loss(model, batch, generation=0.0)[1] == 0
 
@@ -644,3 +645,61 @@ def test_arms_and_lengths_are_checked() -> None:
         q.embed_queries(tiny(), torch.ones(1, 4, dtype=torch.long), torch.ones(1, 4), [[4]])
     with pytest.raises(ValueError, match="empty"):
         q.embed_docs(tiny(), tokenizer(), [])
+
+
+# ---------------------------------------------------------------- for the wrong reason
+
+
+def test_a_diverged_model_has_no_rank() -> None:
+    """No score is at least NaN: counting would give rank 0, the best of all."""
+    with pytest.raises(ValueError, match="finite"):
+        q.ranks_of(torch.tensor([[0.1, float("nan")]]), torch.tensor([1]))
+
+
+def test_near_copies_and_earlier_citations_are_flagged() -> None:
+    train, test = (
+        next(f"m{i}" for i in range(99) if q.split_of(f"m{i}") == split) for split in ("train", "test")
+    )
+    left = "an opening of its own, then the same forty characters of text as "
+    papers = [
+        q.Paper("p0", "toy", train, ("Another " + left.replace("an opening", "a beginning"), cite("a"))),
+        q.Paper("p1", "toy", test, (left, cite("a"), " and ", cite("b"), " again ", cite("b"))),
+        q.Paper("p2", "toy", test, (left.replace(" ", "\n "), cite("b"))),
+    ]
+    found = q.contexts_of(q.Corpus({n: doc(n) for n in "ab"}, papers, []), "test")
+    assert [c.copied for c in found] == [True, False, False, False]  # same words, another target: no copy
+    assert [c.seen for c in found] == [True, False, False, False]
+    assert [c.number for c in found if c.named] == [2]
+
+
+def test_a_pasted_reference_is_not_found_any_more() -> None:
+    """C4: at the second mark the gold text shows "a"; that it comes first there is no merit."""
+    where = dict(paper=0, left="", module="m", seen=False, named=False, copied=False)
+    contexts = [q.Context(number=n, doc=d, **where) for n, d in enumerate("abc")]
+    best = [["x", "b"], ["a", "b"], ["a", "c"]]
+    assert q.dynamic_lists(best, contexts, 2) == [["x", "b", "b", "c"]]
+    assert q.dynamic_lists(best, contexts, 1) == [["x"]]
+    assert q.recall_curves({k: q.dynamic_lists(best, contexts, k) for k in q.KS}, contexts)[0, 0] == 0
+
+
+def test_long_queries_of_the_encoder_keep_their_end() -> None:
+    from transformers import BertModel
+
+    config = BertConfig(vocab_size=300, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+                        num_attention_heads=2, max_position_embeddings=128)  # fmt: skip
+    model, words = BertModel(config).eval(), list(range(10, 40))
+
+    class Words:
+        cls_token_id, sep_token_id, pad_token_id = 1, 2, 0
+
+        def __call__(self, text, add_special_tokens):
+            from types import SimpleNamespace
+
+            return SimpleNamespace(input_ids=[int(w) for w in text.split()])
+
+    text = lambda ids: " ".join(map(str, ids))  # noqa: E731
+    with torch.no_grad():
+        long = q.bi_encode(model, Words(), [text(words)], limit=10, end=True)
+        assert torch.allclose(long, q.bi_encode(model, Words(), [text(words[-8:])], limit=10), atol=1e-6)
+        head = q.bi_encode(model, Words(), [text(words)], limit=10)
+        assert torch.allclose(head, q.bi_encode(model, Words(), [text(words[:8])], limit=10), atol=1e-6)
