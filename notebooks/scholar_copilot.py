@@ -2487,7 +2487,7 @@ def same_vector(tokens: int = 48) -> dict[str, float]:
 
 # %%
 def random_batch(tok, recipe: dict, documents: int) -> dict[str, Any]:
-    """A batch of the recipe's shapes with random tokens; every row has `targets` citations, content masked."""
+    """A batch of the recipe's shapes, random tokens; every row has `targets` citations, content masked."""
     rows, length, targets = recipe["batch"], recipe["max_len"], recipe["targets"]
     ids = torch.randint(8, len(tok), (rows, length), device=run.device)
     ats, labels = [(i + 1) * length // (targets + 1) for i in range(targets)], ids.clone()

@@ -666,7 +666,8 @@ def test_near_copies_and_earlier_citations_are_flagged() -> None:
         q.Paper("p1", "toy", test, (left, cite("a"), " and ", cite("b"), " again ", cite("b"))),
         q.Paper("p2", "toy", test, (left.replace(" ", "\n "), cite("b"))),
     ]
-    found = q.contexts_of(q.Corpus({n: doc(n) for n in "ab"}, papers, []), "test")
+    docs = {"a": doc("a", "Euler 1768"), "b": doc("b", "Gauss 1809")}
+    found = q.contexts_of(q.Corpus(docs, papers, []), "test")
     assert [c.copied for c in found] == [True, False, False, False]  # same words, another target: no copy
     assert [c.seen for c in found] == [True, False, False, False]
     assert [c.number for c in found if c.named] == [2]
