@@ -2759,19 +2759,20 @@ STYLE = plots.arms(list(NAMES))
 
 
 def summary(results):
-    """One row per retriever: recall over contexts, perplexity, own citations."""
+    """One row per retriever: recall over contexts and parts of them, perplexity, own citations."""
     m, rows = results.metrics, []
     for arm in [a for a in NAMES if a in m.get("recall_at_1", {}) or a in m.get("test_nll", {})]:
         at = lambda metric, arm=arm: np.mean(m[metric][arm]) if arm in m.get(metric, {}) else None  # noqa: E731
         nll = at("test_nll")
         rows.append({
-            "arm": NAMES[arm], "recall@1": at("recall_at_1"), "recall@10": at("recall_at_10"),
-            "recall@1, target seen": at("recall_at_1_seen"), "unseen": at("recall_at_1_unseen"),
-            "recall@1, not named": at("recall_at_1_not_named"), "not copied": at("recall_at_1_not_copied"),
-            "test perplexity": math.exp(nll) if nll else None, "own citations": at("own_citations_accuracy"),
+            "arm": NAMES[arm], "recall@1": at("recall_at_1"), "@10": at("recall_at_10"),
+            "@1, seen": at("recall_at_1_seen"), "unseen": at("recall_at_1_unseen"),
+            "not named": at("recall_at_1_not_named"), "not copied": at("recall_at_1_not_copied"),
+            "perplexity": math.exp(nll) if nll else None, "own": at("own_citations_accuracy"),
             "trainings": len(m.get("recall_at_1_by_seed", {}).get(arm, [1])),
         })  # fmt: skip
-    return tables.grid(rows, caption=f"Profile {results.profile}, test modules, whole database.")
+    caption = "test modules, whole database; own: the target among the docstring's own citations (C6)."
+    return tables.grid(rows, caption=f"Profile {results.profile}, {caption}")
 
 
 summary(here)
@@ -2797,8 +2798,9 @@ def draw_recall(results):
             low, high = results.arrays[f"band/{arm}"].T
             ax.fill_between(ks, low, high, color=STYLE[arm]["color"], alpha=0.15, linewidth=0)
     plots.label(ax, "k (documents)", "recall@k (1)")
-    ax.set_ylim(0, max(0.5, ax.get_ylim()[1]))
-    ax.set_xlim(1, 15.5)
+    ax.set_ylim(0, min(1.0, max(0.5, ax.get_ylim()[1])))
+    ax.set_xlim(1, 15.5)  # room for the inset
+    ax.set_xticks(range(1, 11))
     ax.legend(loc="upper left", fontsize=8, ncols=2)
     inset = ax.inset_axes((0.72, 0.12, 0.27, 0.5))
     paper = {
@@ -2841,7 +2843,7 @@ def draw_example(results):
     figure, ax = plt.subplots(figsize=(9.2, 3.6))
     ax.bar(range(count), example["p"][:count], color=plots.PALETTE[0], width=0.9)
     marks = [at for at in example["marks"] if at < count]
-    ax.set_ylim(0, max(0.3, 1.9 * max(example["p"][:count])))
+    ax.set_ylim(0, max(0.01, 1.9 * max(example["p"][:count])))
     top = ax.get_ylim()[1]
     for n, (at, gold, titles) in enumerate(zip(marks, example["gold"], example["top"], strict=False)):
         ax.axvline(at, color=plots.PALETTE[1], linewidth=1)
@@ -2882,7 +2884,9 @@ def draw_writing(results):
         left.plot(KS, results.arrays["dynamic"], "o-", color=plots.PALETTE[0], label="while writing")
         names = [k for k in results.arrays if k.startswith("static/")]
         for name, style in zip(names, list(plots.arms("xabc").values())[1:], strict=False):
-            left.plot(KS, results.arrays[name], marker="s", label=f"once, {name[7:]}", **style)
+            left.plot(
+                KS, results.arrays[name], marker="s", label=f"once, {NAMES.get(name[7:], name[7:])}", **style
+            )
         left.legend(fontsize=8)
     plots.label(left, "documents per citation (1)", "recall of the references (1)", "when to retrieve")
     after = results.metrics.get("nll_after_citation", {})
@@ -2922,6 +2926,7 @@ def draw_similarity(results):
         values = values if values.size else np.zeros((1, 1))
         image = ax.imshow(values, cmap="viridis", aspect="auto", interpolation="nearest")
         figure.colorbar(image, ax=ax)
+        ax.locator_params(integer=True)
         ax.grid(False)
         plots.label(ax, "document (1)", "query (1)", f"{name} training")
     return figure
@@ -3097,6 +3102,7 @@ def draw_tau(tau: float, model: str, negatives: str):
     figure, ax = plt.subplots(figsize=(5.2, 3.8))
     image = ax.imshow(p, cmap="viridis", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
     figure.colorbar(image, ax=ax, label="probability (1)")
+    ax.locator_params(integer=True)
     ax.grid(False)
     loss = -np.log(np.maximum(np.diag(p), 1e-30)).mean()
     plots.label(ax, "document (1)", "query (1)", f"tau = {tau:g}, {model} training: loss {loss:.2f}")
