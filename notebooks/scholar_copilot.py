@@ -2345,7 +2345,9 @@ class SlotLayer(StaticLayer):
     def get_seq_length(self, *_: object) -> int:
         return 0  # positions and masks are always given
 
-    def get_mask_sizes(self, query_length: int, *_: object) -> tuple[int, int]:
+    def get_mask_sizes(self, query_length: int | torch.Tensor, *_: object) -> tuple[int, int]:
+        if isinstance(query_length, torch.Tensor):  # older releases of transformers pass the positions
+            query_length = len(query_length)
         return query_length, 0
 
 
