@@ -1972,7 +1972,7 @@ for c in contexts[:3]:
 # ### Language model
 #
 # In `gpu` the model has about 33 M parameters and reads about 16 M tokens of training docstrings before it
-# learns to cite. In `cpu` a committed model of half a million parameters is evaluated, which
+# learns to cite. In `cpu` a committed model of about one million parameters is evaluated, which
 # `make_checkpoint` trained on one CPU core, without a language-model phase.
 
 
