@@ -1445,6 +1445,7 @@ def ending(left: str) -> str:
     return " ".join(left[-4 * COPY :].split())[-COPY:]
 
 
+# %%
 def contexts_of(corpus: Corpus, split: str, limit: int = 0) -> list[Context]:
     """All contexts of a split's papers (the first `limit` papers; 0: all), in order."""
     trained = {c.doc for paper in corpus.of("train") for c in paper.citations}
@@ -2346,9 +2347,8 @@ class SlotLayer(StaticLayer):
         return 0  # positions and masks are always given
 
     def get_mask_sizes(self, query_length: int | torch.Tensor, *_: object) -> tuple[int, int]:
-        if isinstance(query_length, torch.Tensor):  # older releases of transformers pass the positions
-            query_length = len(query_length)
-        return query_length, 0
+        """Lengths for the mask; older releases of transformers pass positions instead of their number."""
+        return len(query_length) if isinstance(query_length, torch.Tensor) else query_length, 0
 
 
 # %%
