@@ -8,6 +8,8 @@ import json
 import math
 import random
 import re
+import sys
+import types
 from collections import Counter
 
 import numpy as np
@@ -173,6 +175,48 @@ def test_the_control_is_as_long_and_as_strange_as_what_it_controls() -> None:
     assert abs(length["neutral"] - both) < 0.7
 
 
+def test_every_control_is_the_twin_of_a_sentence_of_its_item() -> None:
+    """Nonliteral: the same text but for the word. Bystander: the other frame of the pair, the same people."""
+
+    def said_by(frame: str, text: str) -> re.Match[str] | None:
+        named = re.sub(r"\{(\w+)\}", r"(?P<\1>\\w+)", frame.lower())
+        return re.fullmatch(named, text.lower())
+
+    twins = Counter()
+    for k, control in enumerate(VARIANTS["neutral"]):
+        kind, said = control.meta["twin"], control.meta["sentence"]
+        other, term = VARIANTS[kind][k].meta["sentence"], VARIANTS[kind][k].meta["term"]
+        twins[kind, k % 2] += 1
+        if kind == "nonliteral":
+            assert re.sub(rf"\b{control.meta['term']}\b", term, said) == other
+        else:
+            both = [(said_by(sick, other), said_by(well, said)) for sick, well in q.TEST.bystander]
+            found = [(a, b) for a, b in both if a and b]
+            assert len(found) == 1
+            a, b = (m.groupdict() for m in found[0])
+            assert a.pop("f") == term and b.pop("w") == control.meta["term"] and a == b
+    assert set(twins.values()) == {15}, "half each, and half of each in either half of the items"
+
+
+def test_owner_share_has_a_control(monkeypatch) -> None:
+    """By hand: one model that always errs towards the owner, with and without the term."""
+    right = q.answers_of(VARIANTS["clean"])
+    owners = np.array([i.options.index(i.meta["owner"]) for i in VARIANTS["nonliteral"]])
+    third = np.array([min({0, 1, 2, 3} - {a, b}) for a, b in zip(right, owners, strict=True)])
+    picks = np.tile(right, (6, 1))
+    picks[2, :10], picks[3, :20] = owners[:10], owners[:20]
+    picks[1, :4] = [owners[0], *third[1:4]]
+    unit = type("Done", (dict,), {"done": True})(picks=picks[None])
+    setting = dict(exam=lambda key, n: VARIANTS, key=(), answers=right, trained={("base", "a", 3): unit})
+    setting |= dict(S=types.SimpleNamespace(sizes={"a": []}, test={"n": 60}))
+    for name, value in (setting | {"run": types.SimpleNamespace(seeds=[3])}).items():
+        monkeypatch.setattr(q, name, value, raising=False)
+    q.gather_mechanism(metrics := {}, {})
+    assert (
+        metrics["owner_share"] == {"base": {3: 1.0}, "neutral": {3: 0.25}} and "mended_share" not in metrics
+    )
+
+
 def test_nothing_of_the_test_occurs_in_training_text() -> None:
     rng = random.Random(0)
     rows = q.training_rows(WORLD, 0, 1500, 0.5) + q.training_rows(WORLD, 1, 1500, 0.0, distract=1.0)
@@ -281,7 +325,7 @@ def test_strict_parser_table(text, letter) -> None:
 
 
 @given(st.text(max_size=60), st.sampled_from("ABCD"), st.text(alphabet="abc \n", max_size=20))
-@settings(deadline=None)
+@settings(deadline=None, max_examples=60)
 def test_the_requested_form_always_parses(before, letter, after) -> None:
     assert q.parse_answer(f"{before} Therefore, the final answer is [{letter}].{after}") == letter
 
@@ -313,6 +357,14 @@ def test_shared_prefix_equals_independent_passes(kind) -> None:
                 logp = model(torch.tensor([prompt + option])).logits[0].log_softmax(-1)
                 at = range(len(prompt) - 1, len(prompt) + len(option) - 1)
                 expected[-1].append(sum(logp[i, t].item() for i, t in zip(at, option, strict=True)))
+    for k in range(4):  # the same from rows padded on the right
+        rows = [p + o[k] for p, o in zip(prompts, options, strict=True)]
+        padded = torch.tensor([r + [0] * (24 - len(r)) for r in rows])
+        with torch.no_grad():
+            logp = model(padded, attention_mask=(padded != 0).long()).logits.log_softmax(-1)
+        for r, (prompt, row) in enumerate(zip(prompts, options, strict=True)):
+            got = sum(logp[r, len(prompt) - 1 + i, t].item() for i, t in enumerate(row[k]))
+            assert got == pytest.approx(expected[r][k], abs=1e-4)
     shared = q.score_options(model, prompts, options)
     assert np.allclose(shared, expected, atol=1e-4)
     assert np.allclose(q.score_options_four_passes(model, prompts, options), expected, atol=1e-4)
@@ -677,6 +729,10 @@ def test_bad_worlds_distractors_and_numbers() -> None:
             q.make_distractor(item, WORLD, kind, rng, term=patient)
     with pytest.raises(ValueError, match="names"):
         q.make_distractor(item, WORLD, "neutral", rng, term=patient)
+    for frame in (q.PRESENT[0], q.ABSENT[3]):  # a frame whose subject is the patient would change the answer
+        wrong = dataclasses.replace(q.TEST, bystander=[(frame, frame)])
+        with pytest.raises(ValueError, match=f"item {item.id}.*of the patient"):
+            q.make_distractor(item, WORLD, "bystander", rng, wrong)
     with pytest.raises(ValueError, match="unknown"):
         WORLD.decide({"nothing": 1}, item.options)
     with pytest.raises(ValueError, match="unknown"):
@@ -770,25 +826,31 @@ def save_qwen2(folder, seed: int):
     return folder
 
 
-def test_checkpoint_path(tmp_path) -> None:
-    """The notebook in smoke on two checkpoints with real-format data: ends well, different numbers."""
-    from readrun.execute import execute
+def run_script(monkeypatch, **parameters: str) -> None:
+    """The whole notebook from top to bottom, in this process (a kernel of its own costs seconds)."""
+    script = readrun.paths.notebook("meddistract")
+    source = script.read_text(encoding="utf-8")
+    for name, value in parameters.items():
+        line = re.compile(rf'^{name} = "".*$', re.M)
+        assert len(line.findall(source)) == 1
+        source = line.sub(lambda _, said=f"{name} = {value!r}": said, source)
+    module = types.ModuleType("meddistract_script")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    exec(compile(source, str(script), "exec"), vars(module))
 
+
+def test_checkpoint_path(tmp_path, capsys, monkeypatch) -> None:
+    """The notebook in smoke on two checkpoints with real-format data: ends well, different numbers."""
     data, more = write_real(tmp_path)
     said = []
     for seed in (0, 1):
         folder = save_qwen2(tmp_path / f"model{seed}", seed)
         assert (folder / "model.safetensors.index.json").is_file()
-        status = execute(
-            "meddistract", profile="smoke", folder=tmp_path / f"run{seed}",
-            parameters={
-                "checkpoint": str(folder), "dataset": data, "distractors": more, "only": "own_model*",
-            },
+        run_script(
+            monkeypatch, profile="smoke", out=str(tmp_path / f"run{seed}"), only="own_model*",
+            checkpoint=str(folder), dataset=data, distractors=more,
         )  # fmt: skip
-        assert status["state"] == "ok", status["error"] + status["traceback"]
-        cells = json.loads((tmp_path / f"run{seed}" / "executed.ipynb").read_text())["cells"]
-        text = "".join("".join(o.get("text", "")) for c in cells for o in c.get("outputs", []))
-        said.append(re.findall(r"(?:clean|distracted): accuracy.*", text))
+        said.append(re.findall(r"(?:clean|distracted): accuracy.*", capsys.readouterr().out))
     assert len(said[0]) == 2 and said[0] != said[1]
 
 
