@@ -2053,13 +2053,16 @@ def robustness_rho(metrics: dict, arrays: dict) -> dict[str, list[float]]:
 
 
 def half_drop_left(metrics: dict, arrays: dict) -> dict[str, list[float]]:
-    """C6: drop(base) / 2 - drop(augmented) per seed, by kind."""
+    """C6: drop(base) / 2 - drop(augmented) by kind, one value per seed that both arms have."""
     out = {}
     for kind in ("nonliteral", "bystander"):
         found = metrics.get(f"drop_{kind}", {})
         if "base" in found and "augmented" in found:
-            out[kind] = [b / 2 - a for b, a in zip(found["base"], found["augmented"], strict=True)]
-    return out
+            seeds = {arm: arrays.get(f"seeds/drop_{kind}/{arm}", range(len(found[arm]))) for arm in found}
+            by_seed = {arm: dict(zip(map(int, seeds[arm]), found[arm], strict=True)) for arm in found}
+            base, augmented = by_seed["base"], by_seed["augmented"]
+            out[kind] = [base[s] / 2 - augmented[s] for s in base if s in augmented]
+    return {kind: values for kind, values in out.items() if values}
 
 
 # %% tags=["hide-input"]
@@ -2079,7 +2082,8 @@ def gather_accuracy(metrics: dict, arrays: dict) -> None:
         right = rights("base", name).mean(2)
         if len(right):
             arrays[f"accuracy/{name}"] = right
-            arrays[f"parameters/{name}"] = np.array([trained["base", name, run.seeds[0]]["parameters"]])
+            units = [trained["base", name, s] for s in run.seeds]
+            arrays[f"parameters/{name}"] = np.array([next(u["parameters"] for u in units if u.done)])
     largest = list(S.sizes)[-1]
     if len(right := rights("base", largest).mean(2)):
         metrics["accuracy_largest"] = {v: right[:, i].tolist() for v, i in at.items()}
@@ -2088,9 +2092,11 @@ def gather_accuracy(metrics: dict, arrays: dict) -> None:
     for arm in ("base", "medical", "augmented", "rule"):
         if len(right := rights(arm, S.main).mean(2)):
             arrays[f"arm/{arm}"] = right
-            metrics.setdefault("accuracy_clean", {})[arm] = right[:, 0].tolist()
+            seeds = [s for s in run.seeds if trained[arm, S.main, s].done]
+            by_seed = lambda values: dict(zip(seeds, values.tolist(), strict=True))  # noqa: B023, E731
+            metrics.setdefault("accuracy_clean", {})[arm] = by_seed(right[:, 0])
             for kind in ("nonliteral", "bystander"):
-                metrics.setdefault(f"drop_{kind}", {})[arm] = (right[:, 0] - right[:, at[kind]]).tolist()
+                metrics.setdefault(f"drop_{kind}", {})[arm] = by_seed(right[:, 0] - right[:, at[kind]])
     twins = np.array([i.meta["twin"] for i in exam(key, S.test["n"])["neutral"]])
     if len(right := rights("base", largest)):
         for kind in ("nonliteral", "bystander"):  # on the items whose control has the frame of this kind

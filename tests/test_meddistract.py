@@ -549,6 +549,9 @@ def test_coverage_of_both_forms() -> None:
 def test_derived_metrics_by_hand() -> None:
     metrics = {"drop_nonliteral": {"base": [0.2, 0.1], "augmented": [0.05, 0.06]}}
     assert q.half_drop_left(metrics, {})["nonliteral"] == pytest.approx([0.05, -0.01])
+    part = {"drop_bystander": {"base": [0.2, 0.1], "augmented": [0.01]}}  # only seed 4 has both arms
+    ids = {"seeds/drop_bystander/base": np.array([3, 4]), "seeds/drop_bystander/augmented": np.array([4])}
+    assert q.half_drop_left(part, ids)["bystander"] == pytest.approx([0.04])
     assert q.half_drop_left({}, {}) == {} and q.robustness_rho({}, {}) == {}
     clean, other = np.array([1, 1, 1, 0], bool), np.array([1, 0, 0, 1], bool)
     assert q.joint_table(clean, other) == [0.25, 0.5, 0.25, 0.0]
