@@ -148,9 +148,9 @@ S = run.settings(
     ),
     cpu=dict(
         seeds=3, world=dict(seed=0, n_conditions=24, n_findings=36, families=6),
-        sizes={"32x1": [32, 1, 1, 5e-3], "32x2": [32, 2, 2, 6e-3]}, main="32x2", keep=["32x1", "32x2"],
+        sizes={"32x2": [32, 2, 2, 6e-3]}, main="32x2", keep=["32x2"],
         base=dict(
-            facts=[400, 96], pool=14000, steps=300, batch=48, story=0.25, letters=False, moments=[1.0],
+            facts=[600, 48], pool=10000, steps=750, batch=24, story=0.25, letters=False, moments=[0.5, 1.0],
         ),
         more=dict(medical=0, augmented=0, context=0, lr_factor=0.5, pool=4000),
         test=dict(n=320), rag=dict(ranks=[1, 5, 20, 100], fillers=100, items=160), attribution=16,
@@ -1242,6 +1242,9 @@ print(f"loss {found['delta']:.2f}, unpaired {found['se_unpaired']:.4f}, paired {
 
 
 # %%
+FLOOR = 0.35  # clean accuracy below which a model is left out: it has hardly anything to lose
+
+
 def half_split(base: np.ndarray, dist: np.ndarray, floor: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(baseline on half A, relative loss on half B, kept) of (models, items) arrays; halves by parity."""
     a, b = base[:, ::2].mean(1), base[:, 1::2].mean(1)
@@ -1250,12 +1253,14 @@ def half_split(base: np.ndarray, dist: np.ndarray, floor: float) -> tuple[np.nda
     return a, relative, (a >= floor) & (b > 0.25)
 
 
-def robustness_vs_baseline(base, dist, runs, floor: float = 0.35, draws: int = 2000, seed: int = 0) -> dict:
+# %%
+def robustness_vs_baseline(base, dist, runs, floor: float = FLOOR, draws: int = 2000, seed: int = 0) -> dict:
     """Spearman's rho between baseline (half A) and relative loss (half B) over models.
 
     base, dist: (models, items) right/wrong, dist may be a mean over kinds; runs: (models,) cluster labels.
     Returns rho, low, high (95 %, cluster bootstrap over runs), naive (absolute loss, same items, no floor),
-    n, and pseudo: jackknife pseudo-values {run: value} whose mean estimates rho. NaN below 3 models.
+    n, and pseudo: jackknife pseudo-values {run: value} whose mean estimates rho, of the runs that have a
+    model above the floor (the others change nothing and would only narrow the interval). NaN below 3 models.
     Raises ValueError for shapes that do not fit.
     """
     base, dist, runs = np.asarray(base, float), np.asarray(dist, float), np.asarray(runs)
@@ -1273,17 +1278,22 @@ def robustness_vs_baseline(base, dist, runs, floor: float = 0.35, draws: int = 2
     whole, rng = rho(everything), np.random.default_rng(seed)
     of = {name: np.flatnonzero(runs == name) for name in names}
     boot = [rho(np.concatenate([of[n] for n in rng.choice(names, len(names))])) for _ in range(draws)]
-    k = len(names)
-    pseudo = {n: k * whole - (k - 1) * rho(np.flatnonzero(runs != n)) for n in names} if k > 2 else {}
+    counted = [n for n in names if kept[of[n]].any()]
+    k = len(counted)
+    pseudo = {n: k * whole - (k - 1) * rho(np.flatnonzero(runs != n)) for n in counted} if k > 2 else {}
     low, high = np.nanpercentile(boot, [2.5, 97.5]) if np.isfinite(boot).any() else (math.nan, math.nan)
-    naive = scipy.stats.spearmanr(base.mean(1), base.mean(1) - dist.mean(1)).statistic if k > 2 else math.nan
+    naive = (
+        scipy.stats.spearmanr(base.mean(1), base.mean(1) - dist.mean(1)).statistic
+        if len(names) > 2
+        else math.nan
+    )
     return {"rho": whole, "low": float(low), "high": float(high), "naive": float(naive),
             "n": int(kept.sum()), "pseudo": {str(n): v for n, v in pseudo.items()}}  # fmt: skip
 
 
 # %%
 def size_at_matched_baseline(
-    base, dist, sizes, floor: float = 0.35, within: float = 0.03
+    base, dist, sizes, floor: float = FLOOR, within: float = 0.03
 ) -> tuple[float, int]:
     """Mean relative loss of the smaller minus the larger model over pairs whose half-A baselines are close.
 
@@ -2023,33 +2033,39 @@ scored = run.unit(bench_scoring, **S.score)
 # %% [markdown]
 # ### Results of this run
 #
-# All measurements in one place, with the verdicts that follow from them. Two metrics are derived: the
-# correlation of claim C2 (one jackknife value per training run) and how much of half a loss is left after
-# training with distractors (C6).
+# All measurements in one place, with the verdicts that follow from them. Derived metrics: the correlation of
+# claim C2 and its naive form (one jackknife value per training run), and how much of half a loss is left
+# after training with distractors (C6).
 
 
 # %%
-def robustness_rho(metrics: dict, arrays: dict) -> dict[str, list[float]]:
-    """C2: pseudo-values of the split-half correlation (base) and of the naive one, one per training run."""
-    if "correct/clean" not in arrays:
-        return {}
+def clean_and_distracted(arrays: Mapping) -> tuple[np.ndarray, np.ndarray]:
+    """(models, items) right answers: clean, and the mean over nonliteral and bystander."""
     n = int(arrays["correct/n"][0])
     right = {k: np.unpackbits(arrays[f"correct/{k}"], axis=1)[:, :n].astype(float)
              for k in ("clean", "nonliteral", "bystander")}  # fmt: skip
-    base, dist = right["clean"], (right["nonliteral"] + right["bystander"]) / 2
-    runs = np.asarray(arrays["correct/runs"])
-    names = np.unique(runs)
-    if len(names) < 3:
+    return right["clean"], (right["nonliteral"] + right["bystander"]) / 2
+
+
+def robustness_rho(metrics: dict, arrays: dict) -> dict[str, list[float]]:
+    """C2: pseudo-values of the split-half correlation, one per training run with a model above the floor."""
+    if "correct/clean" not in arrays:
         return {}
-    pseudo = robustness_vs_baseline(base, dist, runs, draws=1)["pseudo"]
-    loss = base - dist
-    rho = lambda rows: scipy.stats.spearmanr(base[rows].mean(1), loss[rows].mean(1)).statistic  # noqa: E731
-    whole, k = rho(np.arange(len(runs))), len(names)
-    found = {
-        "base": [pseudo[str(name)] for name in names],
-        "naive": [float(k * whole - (k - 1) * rho(np.flatnonzero(runs != name))) for name in names],
-    }
-    return {arm: values for arm, values in found.items() if np.isfinite(values).all()}
+    found = robustness_vs_baseline(*clean_and_distracted(arrays), arrays["correct/runs"], draws=1)
+    values = list(found["pseudo"].values())
+    return {"base": values} if values and np.isfinite(values).all() else {}
+
+
+def robustness_naive(metrics: dict, arrays: dict) -> dict[str, list[float]]:
+    """C2b: pseudo-values of the naive correlation, one per training run."""
+    runs = np.asarray(arrays.get("correct/runs", []))
+    if (k := len(set(runs.tolist()))) < 3:
+        return {}
+    base, dist = (values.mean(1) for values in clean_and_distracted(arrays))
+    rho = lambda rows: scipy.stats.spearmanr(base[rows], (base - dist)[rows]).statistic  # noqa: E731
+    whole = rho(runs >= 0)
+    values = [float(k * whole - (k - 1) * rho(runs != name)) for name in np.unique(runs)]
+    return {"base": values} if np.isfinite(values).all() else {}
 
 
 def half_drop_left(metrics: dict, arrays: dict) -> dict[str, list[float]]:
@@ -2076,7 +2092,7 @@ def rights(arm: str, name: str) -> np.ndarray:
 
 
 def gather_accuracy(metrics: dict, arrays: dict) -> None:
-    """Accuracies and drops per seed; packed right answers of all base models for C2."""
+    """Accuracies and drops per seed."""
     at = {v: i for i, v in enumerate(VARIANTS)}
     for name in S.sizes:
         right = rights("base", name).mean(2)
@@ -2097,6 +2113,12 @@ def gather_accuracy(metrics: dict, arrays: dict) -> None:
             metrics.setdefault("accuracy_clean", {})[arm] = by_seed(right[:, 0])
             for kind in ("nonliteral", "bystander"):
                 metrics.setdefault(f"drop_{kind}", {})[arm] = by_seed(right[:, 0] - right[:, at[kind]])
+
+
+# %% tags=["hide-input"]
+def gather_models(metrics: dict, arrays: dict) -> None:
+    """Twins of C1; right answers of every base model at every moment, packed, for C2."""
+    at, largest = {v: i for i, v in enumerate(VARIANTS)}, list(S.sizes)[-1]
     twins = np.array([i.meta["twin"] for i in exam(key, S.test["n"])["neutral"]])
     if len(right := rights("base", largest)):
         for kind in ("nonliteral", "bystander"):  # on the items whose control has the frame of this kind
@@ -2113,7 +2135,9 @@ def gather_accuracy(metrics: dict, arrays: dict) -> None:
         arrays |= {f"correct/{kind}": np.array(rows) for kind, rows in packed.items()}
         arrays |= {"correct/n": np.array([len(answers)]), "correct/runs": np.array(runs)}
         arrays["correct/sizes"] = np.array(sizes)
-        arrays["cluster/run"] = np.arange(len(set(runs)))
+        arrays["cluster/run/robustness_naive"] = np.unique(runs)
+        kept = half_split(*clean_and_distracted(arrays), FLOOR)[2]
+        arrays["cluster/run/robustness_rho"] = np.unique(np.array(runs)[kept])
 
 
 # %% tags=["hide-input"]
@@ -2191,7 +2215,7 @@ def gather_rest(metrics: dict, arrays: dict) -> None:
 # %%
 metrics: dict[str, dict] = {}
 arrays: dict[str, np.ndarray] = {}
-for collect in (gather_accuracy, gather_mechanism, gather_rag, gather_rest):
+for collect in (gather_accuracy, gather_models, gather_mechanism, gather_rag, gather_rest):
     collect(metrics, arrays)
 here = run.results(metrics=metrics, arrays=arrays)
 book = run.recorded()
@@ -2326,11 +2350,8 @@ print(tell_controls(here))
 def draw_robustness(results):
     """Relative loss (half B) against baseline (half A), all models; the naive absolute loss behind."""
     figure, ax = plt.subplots(figsize=(6.4, 3.6))
-    n = int(results.arrays["correct/n"][0])
-    right = {k: np.unpackbits(results.arrays[f"correct/{k}"], axis=1)[:, :n].astype(float)
-             for k in ("clean", "nonliteral", "bystander")}  # fmt: skip
-    base, dist = right["clean"], (right["nonliteral"] + right["bystander"]) / 2
-    a, relative, kept = half_split(base, dist, 0.35)
+    base, dist = clean_and_distracted(results.arrays)
+    a, relative, kept = half_split(base, dist, FLOOR)
     ax.plot(
         base.mean(1),
         base.mean(1) - dist.mean(1),
@@ -2347,7 +2368,7 @@ def draw_robustness(results):
         markersize=5,
         label="split halves: relative loss",
     )
-    ax.axvline(0.35, color="#555555", linewidth=0.8, linestyle=":")
+    ax.axvline(FLOOR, color="#555555", linewidth=0.8, linestyle=":")
     ax.axhline(0, color="#555555", linewidth=0.8)
     ax.legend(fontsize=9)
     plots.label(ax, "clean accuracy (1)", "loss (1)")
@@ -2363,10 +2384,7 @@ ROBUST_ALT = (
 # %% tags=["hide-input"]
 def tell_robustness(results) -> str:
     """The correlation with its cluster bootstrap, the naive one, the effect of size at equal baselines."""
-    n = int(results.arrays["correct/n"][0])
-    right = {k: np.unpackbits(results.arrays[f"correct/{k}"], axis=1)[:, :n].astype(float)
-             for k in ("clean", "nonliteral", "bystander")}  # fmt: skip
-    base, dist = right["clean"], (right["nonliteral"] + right["bystander"]) / 2
+    base, dist = clean_and_distracted(results.arrays)
     found = robustness_vs_baseline(base, dist, results.arrays["correct/runs"])
     gap, pairs = size_at_matched_baseline(base, dist, results.arrays["correct/sizes"])
     return (
@@ -2384,7 +2402,8 @@ if "correct/clean" in here.arrays:
 
 
 # %% [markdown]
-# One item in full, its inserted sentence in orange, and what two sizes make of it:
+# One item in full, its inserted sentence in orange, and what the models make of it (smallest and largest saved
+# size):
 
 
 # %% tags=["figure", "hide-input"]

@@ -516,10 +516,14 @@ def test_robustness_finds_what_is_there() -> None:
     assert np.mean(list(found["pseudo"].values())) == pytest.approx(found["rho"], abs=0.1)
     floor = q.robustness_vs_baseline(base, dist, runs, floor=0.8, draws=1)
     assert floor["n"] < 36
+    above = {str(r) for r in runs if base[runs == r][:, ::2].mean(1).max() >= 0.8}
+    assert set(floor["pseudo"]) == above and len(above) < 12, "runs below the floor are no evidence"
     arrays = {f"correct/{k}": np.packbits(v, axis=1) for k, v in
               (("clean", base), ("nonliteral", dist), ("bystander", dist))}  # fmt: skip
     arrays |= {"correct/n": np.array([1000]), "correct/runs": runs}
     assert q.robustness_rho({}, arrays)["base"] == pytest.approx(list(found["pseudo"].values()))
+    naive = q.robustness_naive({}, arrays)["base"]
+    assert len(naive) == 12 and np.mean(naive) == pytest.approx(found["naive"], abs=0.1)
 
 
 def test_size_at_equal_baselines_by_hand() -> None:
