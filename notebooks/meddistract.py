@@ -2402,8 +2402,8 @@ if "correct/clean" in here.arrays:
 
 
 # %% [markdown]
-# One item in full, its inserted sentence in orange, and what the models make of it (smallest and largest saved
-# size):
+# One item in full, its inserted sentence in orange, and what the smallest and the largest saved model make
+# of it:
 
 
 # %% tags=["figure", "hide-input"]
