@@ -19,12 +19,11 @@
 # [luoxuan-cs/Flexidepth](https://github.com/luoxuan-cs/Flexidepth).
 #
 # :::{admonition} The idea in three sentences
-# :class: tip
-# A language model spends the same number of layers on copying a digit as on computing one. FlexiDepth freezes
-# a trained Llama and gives each layer of its upper half two small new parts: a *router* that decides for every
-# token whether the layer runs, and an *adapter*, a sixteenth as wide as the layer's feed-forward network (FFN),
-# that stands in where it does not. A token that skips a layer still leaves its key and value there, so that
-# later tokens can attend to it.
+# :class: tip A language model spends the same number of layers on copying a digit as on computing one.
+# FlexiDepth freezes a trained Llama and gives each layer of its upper half two small new parts: a *router*
+# that decides for every token whether the layer runs, and an *adapter*, a sixteenth as wide as the layer's
+# feed-forward network (FFN), that stands in where it does not. A token that skips a layer still leaves its
+# key and value there, so that later tokens can attend to it.
 #
 # **You need to know** what a {term}`KV cache` is, and how to read an {term}`interval` over {term}`seed`s.
 # Symbols are in [Notation](../notation.md).
@@ -57,7 +56,6 @@ import string
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
@@ -72,7 +70,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import Cache, StaticLayer
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
-from transformers.utils.logging import disable_progress_bar
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 run = readrun.start(
     "flexidepth", profile=profile, seed=seed, seeds=seeds, device=device, checkpoint=checkpoint, only=only,
@@ -80,6 +78,7 @@ run = readrun.start(
 )  # fmt: skip
 plots.style()
 disable_progress_bar()
+set_verbosity_error()  # router tensors are loaded after transformers has seen the rest
 
 
 # %% [markdown]
@@ -121,7 +120,7 @@ S = run.settings(
         mix=dict(repeat=1, copy=1, phrase=1, max=1, add=1, mul=1, prose=1),
         pretrain=dict(steps=4, batch=16, lr=3e-3, pool=200, length=32),
         routers=dict(steps=4, batch=16, lr=3e-3, pool=200, length=32, reduction=16),
-        evaluate=dict(items=8, new_tokens=24), taus=[0.3, 0.5, 0.7],
+        evaluate=dict(items=8, new_tokens=24, removed=2), taus=[0.3, 0.5, 0.7],
         speed=dict(width=64, depth=4, heads=4, kv_heads=2, ffn=192, vocab=128, repeats=3, warmup=1,
                    contexts=[16], batches=[1, 2], long=[2, 24], prefill=[2, 16], tiny=True),
     ),
@@ -132,7 +131,7 @@ S = run.settings(
         mix=dict(repeat=3, copy=3, phrase=1, max=2, add=8, mul=5, prose=3),
         pretrain=dict(steps=0, batch=48, lr=3e-3, pool=100, length=32),
         routers=dict(steps=90, batch=32, lr=3e-3, pool=6000, length=32, reduction=16),
-        evaluate=dict(items=64, new_tokens=26), taus=[0.3, 0.5, 0.7],
+        evaluate=dict(items=64, new_tokens=24, removed=4), taus=[0.3, 0.5, 0.7],
         speed=dict(width=64, depth=4, heads=4, kv_heads=2, ffn=192, vocab=128, repeats=5, warmup=2,
                    contexts=[16], batches=[1, 2], long=[2, 24], prefill=[2, 16], tiny=True),
     ),
@@ -142,9 +141,9 @@ S = run.settings(
         size=dict(width=256, depth=16, heads=8, num_key_value_heads=4, intermediate_size=704),
         shape=dict(numbers=5, terms=[2, 4], digits=3, letters=8, prose=[16, 32]),
         mix=dict(repeat=2, copy=2, phrase=1, max=3, add=6, mul=6, prose=4),
-        pretrain=dict(steps=2500, batch=640, lr=1e-3, pool=400_000, length=49),
-        routers=dict(steps=500, batch=640, lr=1e-3, pool=200_000, length=49, reduction=16),
-        evaluate=dict(items=512, new_tokens=34), taus=[0.3, 0.5, 0.7],
+        pretrain=dict(steps=2500, batch=640, lr=1e-3, pool=300_000, length=49),
+        routers=dict(steps=500, batch=640, lr=1e-3, pool=60_000, length=49, reduction=16),
+        evaluate=dict(items=512, new_tokens=34, removed=8), taus=[0.3, 0.5, 0.7],
         speed=dict(width=4096, depth=32, heads=32, kv_heads=8, ffn=14336, vocab=128256, repeats=100,
                    warmup=20, contexts=[512, 4096], batches=[1, 2, 4, 8, 16, 64], long=[64, 4096],
                    prefill=[4, 2048], tiny=False),
@@ -238,9 +237,9 @@ class Adapter(nn.Module):
 # %% [markdown]
 # ### Step 3: the layer
 #
-# The decision is hard, $m_t=\mathbf 1[g_t>\tau]$ with $\tau=\tfrac12$: no sampling, no straight-through trick.
-# *Every* token writes its key and value. Only tokens with $m_t=1$ ask: their attention output is added, as it
-# is. Then the FFN or the adapter, and only there the gate enters as a factor:
+# The decision is hard, $m_t=\mathbf 1[g_t>\tau]$ with $\tau=\tfrac12$: no sampling, no straight-through
+# trick. *Every* token writes its key and value. Only tokens with $m_t=1$ ask: their attention output is
+# added, as it is. Then the FFN or the adapter, and only there the gate enters as a factor:
 #
 # $$
 # h_t=x_t+m_t\operatorname{Attn}_t,\qquad y_t=\operatorname{Norm}(h_t),\qquad
@@ -493,16 +492,16 @@ def static_skip(model, k: int, batch: Batch):
 #
 # | regime | what the GPU waits for | what skipping can save |
 # |---|---|---|
-# | R1: decode, one sequence | reading weights (15 GB per token for 8B) | weights of the query, output and FFN of skipped layers |
+# | R1: decode, one sequence | reading weights (15 GB for 8B) | most weights of skipped layers |
 # | R2: decode, many long sequences | reading keys and values | those of skipped sequences |
 # | R3: prefill | arithmetic | rows of the matrix products |
 #
-# For R1 the decision is made on the device, in the middle of the step. If the host had to read it, every layer
-# would cost a round trip. So the whole step is one {term}`CUDA graph`, launched blind, and each kernel is
-# *predicated*: its first instruction reads the mask, and if no row needs it, it returns before it has read a
-# weight. One kernel does all matrix-vector products. It works on two matrices at once (`half` 0 for rows that
-# run: the FFN; `half` 1 for rows that skip: the adapter), stored side by side, and can fuse what stands
-# around a product: RMSNorm before it, SwiGLU, the factor $g$ or $1-g$, the residual after it.
+# For R1 the decision is made on the device, in the middle of the step. If the host had to read it, every
+# layer would cost a round trip. So the whole step is one {term}`CUDA graph`, launched blind, and each
+# kernel is *predicated*: its first instruction reads the mask, and if no row needs it, it returns before it
+# has read a weight. One kernel does all matrix-vector products. It works on two matrices at once (`half` 0
+# for rows that run: the FFN; `half` 1 for rows that skip: the adapter), stored side by side, and can fuse
+# what stands around a product: RMSNorm before it, SwiGLU, the factor $g$ or $1-g$, the residual after it.
 #
 # Each kernel has a reference in plain torch, which is what runs on a CPU. There is no split of the inner
 # dimension between programs: with 4 to 16 output rows per program every shape of the layer fills 132
@@ -591,9 +590,10 @@ VARIANTS = {  # (output rows per program, columns per step, warps, stages)
 BLOCKS = {"one": VARIANTS["one"][0], "few": VARIANTS["few"][0]}
 
 
-def _launch_gemv(x, w, out, mask, widths: tuple[int, int, int, int], *, gate=None, norm=None, eps=0.0, glu=False, add=False,
+def _launch_gemv(x, w, out, mask, widths: tuple[int, int, int, int], *, gate=None,
+                 norm=None, eps=0.0, glu=False, add=False,
                  blocks=None) -> Tensor:  # fmt: skip
-    """Launch gemv_kernel on rows x (B, K) and weights w for `widths` (outputs, inputs of half 0, of half 1); `out` (B, N) is changed in place."""
+    """Launch gemv_kernel on x (B, K), in place on out (B, N); widths: outputs, inputs of both halves."""
     rows, (n0, k0, n1, k1) = len(x), widths
     block_n, block_k, warps, stages = blocks or BLOCKS["one" if rows == 1 else "few"]
     tiles0, tiles1 = -(-n0 // block_n), -(-n1 // block_n)
@@ -638,8 +638,8 @@ def ffn_or_adapter(h: Tensor, inner: Tensor, w_in: Tensor, w_out: Tensor, norm: 
                    gate: Tensor, f: int, eps: float, blocks=None) -> Tensor:  # fmt: skip
     """h (B, d) += g FFN(norm(h)) where mask, else (1 - g) adapter(norm(h)), in place; two launches.
 
-    w_in (2 f + 2 a, d): gate and up of the FFN, then both of the adapter; w_out (d, f + a): their outputs side
-    by side; inner (B, f + a): scratch; mask (B,) int8, gate (B,) float32; f: width of the FFN.
+    w_in (2 f + 2 a, d): gate and up of the FFN, then both of the adapter; w_out (d, f + a): their outputs
+    side by side; inner (B, f + a): scratch; mask (B,) int8, gate (B,) float32; f: width of the FFN.
     """
     d, a = len(w_out), w_out.shape[1] - f
     if use_kernels(h):
@@ -696,9 +696,9 @@ def router_finish(z: Tensor, weight: Tensor, w: Tensor, eps: float, tau: float =
 
 
 # %% [markdown]
-# Attention of one new token reads all keys and values of its sequence. The cache is cut into chunks so that a
-# single sequence, too, fills the GPU; each program serves one key head with its four query heads, and a second
-# kernel merges the chunks by their log-sum-exp. Both return at once for a sequence that skips.
+# Attention of one new token reads all keys and values of its sequence. The cache is cut into chunks so that
+# a single sequence, too, fills the GPU; each program serves one key head with its four query heads, and a
+# second kernel merges the chunks by their log-sum-exp. Both return at once for a sequence that skips.
 
 
 # %%
@@ -869,10 +869,10 @@ print("after the layer:", [f"{value:.4f}" for value in toy_h[:, 0].tolist()])
 # %% [markdown]
 # ### Step 8: a runtime with one cache and four modes
 #
-# `FlexiRuntime` holds the weights of a converted (or plain) Llama in the layout the kernels want, as views, so
-# that nothing is stored twice: per layer `[q; k; v; encoder]`, `[gate; up; adapter in]` and `[down | adapter
-# out]`. The cache is preallocated for every layer and every token. Since skipped tokens write too, a prefix
-# computed in one mode can be continued in any other.
+# `FlexiRuntime` holds the weights of a converted (or plain) Llama in the layout the kernels want, as views,
+# so that nothing is stored twice: per layer `[q; k; v; encoder]`, `[gate; up; adapter in]` and `[down |
+# adapter out]`. The cache is preallocated for every layer and every token. Since skipped tokens write too,
+# a prefix computed in one mode can be continued in any other.
 #
 # - `dense`: the plain Llama, without router and adapter: no handicap for the baseline;
 # - `masked`: both branches for all tokens, then a choice (what the paper's code does);
@@ -968,8 +968,7 @@ class FlexiRuntime(StaticState):
     """Inference of a Llama with or without routed layers for up to max_batch sequences of equal length.
 
     mode: dense, masked, compact or predicated, may change at any time. cache: (L, 2, B, Hkv, S, hd).
-    force: (routed layers, B, T) decisions instead of the routers'. last_masks: decisions of the last call,
-    (routed layers, B, T). Raises ValueError for an unknown mode, more sequences or tokens than it holds.
+    last_masks: decisions of the last call, (routed layers, B, T); `force` replaces the routers' decisions.
     """
 
     @torch.no_grad()
@@ -1005,9 +1004,7 @@ class FlexiRuntime(StaticState):
         """`decode` without counting: what a CUDA graph captures. force: (routed layers, B) int8."""
         h = self.model.model.embed_tokens(ids)
         self.last_masks, forced = [], iter(() if force is None else force)
-        kind = one_layer if self.mode == "predicated" and len(ids) <= 8 else many_layer
-        if self.mode == "dense" and len(ids) <= 8:
-            kind = one_layer
+        kind = one_layer if self.mode in ("dense", "predicated") and len(ids) <= 8 else many_layer
         for i, w in enumerate(self.layers):
             h = kind(self, i, w, h, next(forced, None) if w.router else None)
         return self._logits(h)
@@ -1080,7 +1077,7 @@ def many_layer(rt: FlexiRuntime, i: int, w: Weights, h: Tensor, forced: Tensor |
 
 # %%
 def attend(rt: FlexiRuntime, i: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention of (B, T) new tokens over the cache, which gets their keys and values; (B, T, Hq hd)."""
+    """Causal attention of (B, T) new tokens over the cache, which gets their keys, values; (B, T, Hq hd)."""
     size, count, start = *q.shape[:2], rt.length
     cos, sin = (t[start : start + count][None, :, None] for t in (rt.cos, rt.sin))
     cache = rt.cache[i][:, :size, :, : start + count]
@@ -1098,7 +1095,7 @@ def attend(rt: FlexiRuntime, i: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 # %%
 def rows_layer(rt: FlexiRuntime, i: int, w: Weights, x: Tensor, forced: Tensor | None) -> Tensor:
-    """Many tokens per sequence, x (B, T, d); compact and predicated gather the rows that each branch needs."""
+    """Many tokens per sequence, x (B, T, d); compact, predicated gather the rows of each branch."""
     n, kv, f, free = rms_norm(x, w.norm1, rt.eps), w.kv, w.f, w.router is not None and rt.mode != "dense"
     if not free:
         q, k, v = F.linear(n, w.qkve[: w.q + 2 * kv]).split([w.q, kv, kv], -1)
@@ -1145,12 +1142,19 @@ def linear_sizes(cfg) -> dict[str, int]:
     d, f, heads = cfg.hidden_size, cfg.intermediate_size, cfg.num_attention_heads
     dim = getattr(cfg, "head_dim", None) or d // heads
     reduction = getattr(cfg, "proj_reduction_factor", 16)
-    return {"qo": 2 * d * heads * dim, "kv": 2 * d * cfg.num_key_value_heads * dim, "ffn": 3 * d * f,
-            "adapter": 3 * d * (f // reduction), "router": d * (d // reduction), "head": d * cfg.vocab_size}  # fmt: skip
+    return {
+        "qo": 2 * d * heads * dim,
+        "kv": 2 * d * cfg.num_key_value_heads * dim,
+        "ffn": 3 * d * f,
+        "adapter": 3 * d * (f // reduction),
+        "router": d * (d // reduction),
+        "head": d * cfg.vocab_size,
+    }
 
 
+# %%
 def cost_model(cfg, mode: str, batch: int, ctx: int, skip: float, bw: float, flops: float) -> float:
-    """Predicted milliseconds: of a decode step at context ctx, of prefilling batch x ctx tokens for "compact".
+    """Predicted milliseconds: of a decode step at context ctx; for "compact" of a prefill, batch x ctx.
 
     skip: mean number of layers skipped per token; bw: bytes per second; flops: per second; bfloat16. Mode
     "dense_prefill" is the baseline of "compact". Raises ValueError for an unknown mode.
@@ -1227,11 +1231,11 @@ print(f"R3: {dense:.0f} ms -> {ours:.0f} ms, {dense / ours:.2f}x")
 #
 # The paper's claim is about difficulty: copied and repeated tokens should need fewer layers than computed
 # ones. To test that, every character of an answer must have a known kind. The stand-in for Tulu-v2 and for
-# the paper's list tasks is a mix of seven character-level tasks, generated here: `repeat` a list of numbers,
-# `copy` a random string, fill a name into a fixed `phrase`, the `max` of a list, `add` numbers, `mul`tiply by one
-# digit, and continue `prose` (the Python guides of the book's frozen corpus; its language reference is held
-# out). Characters are *copied*, *fixed*, *computed* or *free* (prose). Items are split by a hash of their
-# prompt, so that no test item is ever trained on.
+# the paper's list tasks is a mix of seven character-level tasks, generated here: `repeat` a list of
+# numbers, `copy` a random string, fill a name into a fixed `phrase`, the `max` of a list, `add` numbers,
+# `mul`tiply by one digit, and continue `prose` (the Python guides of the book's frozen corpus; its language
+# reference is held out). Characters are *copied*, *fixed*, *computed* or *free* (prose). Items are split by
+# a hash of their prompt, so that no test item is ever trained on.
 
 
 # %%
@@ -1305,8 +1309,9 @@ def make_items(task: str, split: str, count: int, seed: int, shape: dict) -> lis
     Raises ValueError for an unknown task or split, or where the task has fewer different items.
     """
     if task not in TASKS or split not in corpus.SPLITS:
-        raise ValueError(f"task={task!r}, split={split!r}: a task is one of {', '.join(TASKS)}; a split one of "
-                         f"{', '.join(corpus.SPLITS)}")  # fmt: skip
+        raise ValueError(
+            f"task={task!r}, split={split!r}: accepted: {', '.join(TASKS)}; {', '.join(corpus.SPLITS)}"
+        )
     rng, found, seen = np.random.default_rng([seed, TASKS.index(task), len(split)]), [], set()
     for _ in range(200 * count):
         item = make_item(task, rng, shape, split)
@@ -1408,12 +1413,12 @@ def make_checkpoint(folder: str, seed: int = 0) -> None:
 # %% [markdown]
 # ### The arms
 #
-# All arms start from one frozen base model and train the same adapters on the same batches for the same number
-# of steps. They differ in who decides:
+# All arms start from one frozen base model and train the same adapters on the same batches for the same
+# number of steps. They differ in who decides:
 #
 # - `flexidepth`: the router;
-# - `static_adapter`, the sceptic's baseline: a fixed set of layers is skipped by every token, so that all of the
-#   training goes into replacing them;
+# - `static_adapter`, the sceptic's baseline: a fixed set of layers is skipped by every token, so that all
+#   of the training goes into replacing them;
 # - `random_adapter`: every token skips every routed layer with the rate that `flexidepth` reached;
 # - `static`: ShortGPT, no training at all.
 #
@@ -1508,11 +1513,19 @@ def generate_answers(model, items: Sequence[Item], new_tokens: int, cached: bool
         rows = decode.sample(model, prompts, new_tokens, temperature=0.0, **ends).completions
         return tokenizer.batch_decode(rows)
     ids, seen = (t.to(run.device) for t in decode.left_pad(prompts, ends["pad_id"]))
-    found = model.generate(ids, attention_mask=seen, max_new_tokens=new_tokens, do_sample=False,
-                           use_cache=False, pad_token_id=ends["pad_id"], eos_token_id=ends["eos_id"])  # fmt: skip
+    found = model.generate(
+        ids,
+        attention_mask=seen,
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        use_cache=False,
+        pad_token_id=ends["pad_id"],
+        eos_token_id=ends["eos_id"],
+    )
     return [text.replace(lm.PAD, "") for text in tokenizer.batch_decode(found[:, ids.shape[1] :])]
 
 
+# %%
 class Trace(NamedTuple):
     """What a pass over rows showed at each position but the last: see `trace`."""
 
@@ -1568,7 +1581,7 @@ def layers_per_item(used: np.ndarray, items: Sequence[Item]) -> np.ndarray:
 
 
 def score_model(model, items: Sequence[Item], new_tokens: int, cached: bool = True) -> dict[str, Any]:
-    """score per item (prose: NLL per character instead), skip per generated token, layers and use per task."""
+    """score per item (prose: NLL per character), skip per generated token, layers and use per task."""
     tokenizer, n = make_tokenizer(), len(items) // len(TASKS)
     asked = [i for i in items if i.task != "prose"]
     texts = generate_answers(model, asked, new_tokens, cached)
@@ -1608,15 +1621,18 @@ def retained(scores: np.ndarray, base: np.ndarray, least: float = 0.1) -> float:
 
 # %%
 def partial_correlation(used: np.ndarray, entropy: np.ndarray, items: Sequence[Item]) -> float:
-    """Correlation of layer use with "computed" over copied and computed characters, entropy and position fixed.
+    """Correlation of layer use with "computed" over copied and computed characters, all else fixed.
 
-    used, entropy: (N, T - 1). Position: place in the answer, one indicator each.
+    used, entropy: (N, T - 1). Held fixed: entropy, and the place in the answer (one indicator each).
     """
     kinds, rows = kinds_of(items, used.shape[1]), []
     for r, item in enumerate(items):
         start = len(item.prompt) - 1
-        rows += [(used[r, start + t], entropy[r, start + t], t, kind == "m")
-                 for t, kind in enumerate(kinds[r, start : start + len(item.kinds)]) if kind in "cm"]  # fmt: skip
+        rows += [
+            (used[r, start + t], entropy[r, start + t], t, kind == "m")
+            for t, kind in enumerate(kinds[r, start : start + len(item.kinds)])
+            if kind in "cm"
+        ]
     y, h, at, x = np.array(rows, float).T
     held = np.column_stack([h, *(at == place for place in np.unique(at))]).astype(float)
     y, x = (v - held @ np.linalg.lstsq(held, v, rcond=None)[0] for v in (y, x))
@@ -1642,13 +1658,13 @@ def tune_tau(model, batch: Batch, target: float, steps: int = 14) -> tuple[float
 
 # %%
 def base_scores(base: Any, size: dict, shape: dict, evaluate: dict) -> dict[str, Any]:
-    """The base model's own scores, and ShortGPT's with k = 1 … 6 layers removed (scores per task)."""
+    """The base model's own scores, and ShortGPT's with k = 1, 2, … layers removed (scores per task)."""
     model, items = load_base(base, size), held_out("test", evaluate["items"], shape)
     own = score_model(model, items, evaluate["new_tokens"])
     hint = encode(held_out("validation", 8, shape), make_tokenizer(), device=run.device)
     depth = len(model.model.layers)
     static = []
-    for k in range(1, min(6, depth - depth // 2) + 1):
+    for k in range(1, min(evaluate["removed"], depth - depth // 2) + 1):
         found = score_model(static_skip(model, k, hint), items, evaluate["new_tokens"])
         static.append(task_scores(found["exact"], found["nll"]))
     influence = block_influence(model, hint).cpu().numpy()
@@ -1709,7 +1725,7 @@ def shuffled_control(model, test: Batch, items: Sequence[Item]) -> dict[str, Any
 
 
 def tau_curve(model, items: Sequence[Item], evaluate: dict, taus: list) -> dict[str, Any]:
-    """At each tau: skip and scores per task; and for one item per task the text and its layers, for the page."""
+    """At each tau: skip and scores per task; for one item per task the text and its layers."""
     rows, texts, layers = [], [], []
     n, first = len(items) // len(TASKS), [items[i] for i in range(0, len(items), len(items) // len(TASKS))]
     for tau in taus:
@@ -1768,7 +1784,8 @@ for arm in [*S.arms, *S.ablations] if ready else []:
         like = trained.get(("flexidepth", s))
         if arm != "flexidepth" and like is None:
             continue
-        unit = run.unit(train_arm, arm=arm, seed=s, alpha=alpha, like=like, **common)
+        options = common | {"taus": S.taus if s == run.seeds[0] else []}  # curves: one seed
+        unit = run.unit(train_arm, arm=arm, seed=s, alpha=alpha, like=like, **options)
         if unit.done:
             trained[arm, s] = unit
 print(f"alpha {alpha:g}; {len(trained)} training runs are there")
@@ -1814,10 +1831,10 @@ if flops.done:
 # ### Time at Llama-3-8B's dimensions
 #
 # Random weights, because time depends on shapes only. Masks are drawn on the device at every step, each
-# routed layer skipped with probability one half, so that no lucky pattern is cached; on average 8 of 32 layers
-# are skipped. Dense and skipping steps take turns. The baseline is the best of our own dense mode and of
-# transformers' model, eager and compiled, captured like ours. On a CPU the same functions run on a tiny model:
-# that tests the code, and its times mean nothing.
+# routed layer skipped with probability one half, so that no lucky pattern is cached; on average 8 of 32
+# layers are skipped. Dense and skipping steps take turns. The baseline is the best of our own dense mode
+# and of transformers' model, eager and compiled, captured like ours. On a CPU the same functions run on a
+# tiny model: that tests the code, and its times mean nothing.
 
 
 # %%
@@ -1883,7 +1900,7 @@ def take_turns(calls: dict[str, Callable], repeats: int, warmup: int) -> dict[st
 
 # %%
 class SlotLayer(StaticLayer):
-    """Keys and values of one layer for transformers' model, written at one fixed slot: what a graph replays."""
+    """Keys and values of one layer for transformers' model, written at one fixed slot."""
 
     def __init__(self, cache: Tensor, slot: Tensor) -> None:
         super().__init__(max_cache_len=cache.shape[3])
@@ -1926,14 +1943,10 @@ def try_all(makers: dict[str, Callable]) -> tuple[dict[str, Callable], dict[str,
 
 
 # %%
-def compiled_peer(plain) -> Any:
+def compiled_peer(model) -> Any:
     """The plain model with norms and FFNs compiled (one graph for all layers); it shares all weights."""
-    fast = copy.copy(plain)
-    fast.model = copy.copy(plain.model)
+    fast = plain_of(model)
     mlp, norm = torch.compile(lambda m, y: type(m).forward(m, y)), torch.compile(rms_norm)
-    fast.model.layers = nn.ModuleList(
-        copy.deepcopy(v, {id(p): p for p in v.parameters()}) for v in plain.model.layers
-    )
     for layer in fast.model.layers:
         layer.mlp.forward = functools.partial(mlp, layer.mlp)
         for part in (layer.input_layernorm, layer.post_attention_layernorm):
@@ -1955,13 +1968,16 @@ def peer_makers(model, rt: FlexiRuntime, ids: Tensor, ctx: int) -> dict[str, Cal
     plain = plain_of(model)
     for layer in routed(model):
         layer.force_mask = random_mask(0.5)
-    return {"hf": lambda: peer_step(plain, rt.cache, ids, ctx),
-            "hf_compiled": lambda: peer_step(compiled_peer(plain), rt.cache, ids, ctx),
-            "hf_masked": lambda: peer_step(model, rt.cache, ids, ctx)}  # fmt: skip
+    makers = {"hf": lambda: peer_step(plain, rt.cache, ids, ctx),
+              "hf_masked": lambda: peer_step(model, rt.cache, ids, ctx)}  # fmt: skip
+    if run.device == "cuda":  # compiling takes a minute on a CPU and shows nothing there
+        makers["hf_compiled"] = lambda: peer_step(compiled_peer(model), rt.cache, ids, ctx)
+    return makers
 
 
 # %%
-def bench(batch: int, ctx: int, speed: dict, tuned: Any = None, modes: Sequence[str] = ("dense", "predicated"),
+def bench(batch: int, ctx: int, speed: dict, tuned: Any = None,
+          modes: Sequence[str] = ("dense", "predicated"),
           peers: bool = False, correlated: float = 0.0, model: Any = None) -> dict[str, Any]:  # fmt: skip
     """Milliseconds per decode step of several modes at one batch and context, and what was really skipped.
 
@@ -2087,7 +2103,7 @@ def use_tuned(tuned: Any, batch: int) -> tuple[dict, dict]:
 # %%
 @torch.no_grad()
 def tune_kernels(speed: dict) -> dict[str, Any]:
-    """Best block sizes per product, its GB/s, and the attention kernel's, beside the measured copy bandwidth."""
+    """Best block sizes per product, its GB/s, and the attention kernel's, beside a copy's."""
     d, f, kv = speed["width"], speed["ffn"], speed["kv_heads"] * (speed["width"] // speed["heads"])
     kind = torch.bfloat16 if run.device == "cuda" else torch.float32
     shapes = {
@@ -2110,7 +2126,8 @@ def tune_kernels(speed: dict) -> dict[str, Any]:
             )
             for variant in VARIANTS[rows] if run.device == "cuda" else VARIANTS[rows][:1]:
                 try:
-                    ms = clock.time(functools.partial(_one_gemv, x, out, ones[:count], variant), inputs=weights,
+                    call = functools.partial(_one_gemv, x, out, ones[:count], variant)
+                    ms = clock.time(call, inputs=weights,
                                     device=run.device, **options).median_ms  # fmt: skip
                 except Exception as error:  # a variant that does not compile here
                     errors[f"{rows}/{name}/{variant}"] = f"{type(error).__name__}: {error}"[:200]
@@ -2145,8 +2162,8 @@ def tune_attention(speed: dict, kind: torch.dtype) -> dict[str, Any]:
 
     def ms_of(active: Tensor, variant: tuple) -> float:
         block, chunk, warps = variant
-        call = lambda: decode_attn_pred(
-            q, cache, lengths, active, table, table, out, None, block, chunk, warps
+        call = functools.partial(
+            decode_attn_pred, q, cache, lengths, active, table, table, out, None, block, chunk, warps
         )  # noqa: E731
         return clock.time(call, warmup=3, repeat=max(3, speed["repeats"] // 4), device=run.device).median_ms
 
@@ -2168,7 +2185,7 @@ def tune_attention(speed: dict, kind: torch.dtype) -> dict[str, Any]:
 
 # %%
 def bench_sweep(speed: dict, tuned: Any) -> dict[str, Any]:
-    """Median milliseconds of dense, predicated and masked steps for every batch and context; one correlated."""
+    """Median milliseconds of dense, predicated, masked steps for every batch and context."""
     rows, short = (
         [],
         speed | {"repeats": max(3, speed["repeats"] // 4), "warmup": max(1, speed["warmup"] // 4)},
@@ -2246,9 +2263,13 @@ def gather_quality(metrics: dict, arrays: dict) -> None:
         static = curve[k - 1][1] if 1 <= k <= len(curve) else 1.0 if k == 0 else None
         if static is not None:
             metrics["retained"].setdefault("static", {})[s] = static
-    for a, unit in {**{f"{a:g}": u for a, u in sweep.items() if u.done},
-                    **{f"seed {s}": u for (arm, s), u in trained.items() if arm == "flexidepth"}}.items():  # fmt: skip
-        arrays[f"curve/flexidepth/{a}"] = np.array([[r[0], retained(r[1:], base_now)] for r in unit["curve"]])
+    for a, unit in {
+        **{f"{a:g}": u for a, u in sweep.items() if u.done},
+        **{f"seed {s}": u for (arm, s), u in trained.items() if arm == "flexidepth"},
+    }.items():
+        if len(unit["curve"]):
+            points = [[r[0], retained(r[1:], base_now)] for r in unit["curve"]]
+            arrays[f"curve/flexidepth/{a}"] = np.array(points)
 
 
 # %% tags=["hide-input"]
@@ -2257,8 +2278,14 @@ def gather_difficulty(metrics: dict, arrays: dict) -> None:
 
     def put(name: str, layers: np.ndarray) -> None:
         by = dict(zip(TASKS, layers, strict=True))
-        kinds = {"repeat": by["repeat"], "add": by["add"], "mul": by["mul"], "fixed": by["phrase"],
-                 "copied": (by["repeat"] + by["copy"]) / 2, "computed": (by["add"] + by["mul"]) / 2}  # fmt: skip
+        kinds = {
+            "repeat": by["repeat"],
+            "add": by["add"],
+            "mul": by["mul"],
+            "fixed": by["phrase"],
+            "copied": (by["repeat"] + by["copy"]) / 2,
+            "computed": (by["add"] + by["mul"]) / 2,
+        }
         metrics[name] = {kind: values.tolist() for kind, values in kinds.items()}
 
     for i, s in enumerate(run.seeds[:3]):
@@ -2363,8 +2390,8 @@ book = run.recorded()
 
 
 # %% [markdown]
-# The paper's signature picture: answers, coloured by the layers that each character used. Figures are functions
-# of results, so that the recorded run can be drawn anywhere.
+# The paper's signature picture: answers, coloured by the layers that each character used. Figures are
+# functions of results, so that the recorded run can be drawn anywhere.
 
 
 # %% tags=["figure", "hide-input"]
@@ -2434,8 +2461,10 @@ def draw_use(results):
     return figure
 
 
-USE_ALT = ("Left: share of answer tokens that run each routed layer, one line per task. Right: distribution of the "
-           "gates of each routed layer before and after training, with the threshold at one half.")  # fmt: skip
+USE_ALT = (
+    "Left: share of answer tokens that run each routed layer, one line per task. Right: distribution of "
+    "the gates of each routed layer before and after training, with the threshold at one half."
+)
 plots.show(
     draw_use(here), alt=f"This run. {USE_ALT}", caption="Is the use of layers a bowl? Is the gate decided?"
 )
@@ -2547,8 +2576,11 @@ def draw_speed(results):
         some = rows[(rows[:, 1] == ctx) & (rows[:, 2:4] > 0).all(1)]
         axes[0].plot(some[:, 0], some[:, 2] / some[:, 3], "o", color=style["color"])
         for mode, width in (("predicated", 1.8), ("masked", 0.8)):
-            line = [cost_model(config, "dense", int(b), int(ctx), 8, 3e12, 7e14)
-                    / cost_model(config, mode, int(b), int(ctx), 8, 3e12, 7e14) for b in some[:, 0]]  # fmt: skip
+            line = [
+                cost_model(config, "dense", int(b), int(ctx), 8, 3e12, 7e14)
+                / cost_model(config, mode, int(b), int(ctx), 8, 3e12, 7e14)
+                for b in some[:, 0]
+            ]
             label = f"{mode}, context {ctx:.0f}, predicted"
             axes[0].plot(some[:, 0], line, linewidth=width, label=label, **{**style})
     axes[0].axhline(1, color="#555555", linewidth=0.8)
@@ -2566,9 +2598,9 @@ def draw_speed(results):
 
 plots.show(
     draw_speed(shown),
-    alt="Left: speed-up of skipping over dense decoding against the number of sequences, for a short and a long "
-    "context, dots over predicted lines. Right: milliseconds of prefill by mode.",
-    caption=f"Profile {shown.profile}. Only the gpu profile has Llama-3-8B's dimensions, on which the lines are.",
+    alt="Left: speed-up of skipping over dense decoding against the number of sequences, for a short and a "
+    "long context, dots over predicted lines. Right: milliseconds of prefill by mode.",
+    caption=f"Profile {shown.profile}. The lines are for Llama-3-8B, which only the gpu profile runs.",
 )
 
 
@@ -2606,9 +2638,9 @@ tables.compare_runs(book, here)
 # %% [markdown]
 # ## Verdicts
 #
-# Computed from the record by rules that were committed before it. Intervals over seeds are paired t intervals,
-# over items a paired bootstrap; "exact" numbers have none. Each of the GPU's three regimes has a verdict of
-# its own, and the condition that the outputs stay the same (`c5d`) guards all of them.
+# Computed from the record by rules that were committed before it. Intervals over seeds are paired t
+# intervals, over items a paired bootstrap; "exact" numbers have none. Each of the GPU's three regimes has a
+# verdict of its own, and the condition that the outputs stay the same (`c5d`) guards all of them.
 
 # %% tags=["hide-input"]
 tables.verdicts(shown)
@@ -2635,10 +2667,10 @@ def draw_choice(task: str, tau: float):
     return figure
 
 
-GRID = {"task": list(TASKS), "tau": [0.3, 0.5, 0.7]}
+GRID = {"task": list(TASKS), "tau": S.taus}
 picker.live(draw_choice, GRID)
 picker.picker(
-    run, "layers", draw_choice, GRID, alt=lambda task, tau: f"Answer to a {task} item at threshold {tau}, coloured.",
+    run, "layers", draw_choice, GRID, alt=lambda task, tau: f"Answer to a {task} item at threshold {tau}.",
     caption="The same prompt at three thresholds.",
 )  # fmt: skip
 
@@ -2658,15 +2690,15 @@ picker.picker(
 # logits = runtime.decode(next_ids)         # predicated
 # ```
 #
-# `checkpoint` takes the same two kinds: a plain Llama gets fresh routers, a FlexiDepth checkpoint (for example
-# `xuan-luo/FlexiDepth-Llama-3-8B-Instruct`) is recognised by its tensors, which also say which layers are
-# routed. Without `checkpoint` the chapter's small base model is converted, saved in the released layout and
-# read back.
+# `checkpoint` takes the same two kinds: a plain Llama gets fresh routers, a FlexiDepth checkpoint (for
+# example `xuan-luo/FlexiDepth-Llama-3-8B-Instruct`) is recognised by its tensors, which also say which
+# layers are routed. Without `checkpoint` the chapter's small base model is converted, saved in the released
+# layout and read back.
 
 
 # %%
 def checkpoint_tensors(path: str) -> dict[str, Tensor]:
-    """Router and adapter tensors of a folder or hub id (safetensors, sharded or not); {} for a plain model."""
+    """Router and adapter tensors of a folder or hub id (safetensors); {} for a plain model."""
     from safetensors import safe_open
     from transformers.utils import cached_file
 
@@ -2682,7 +2714,7 @@ def checkpoint_tensors(path: str) -> dict[str, Tensor]:
 
 
 def load_checkpoint(path: str):
-    """A converted model from a plain or a FlexiDepth Llama checkpoint. Raises ValueError naming `checkpoint`."""
+    """A converted model from a plain or a FlexiDepth checkpoint. Raises ValueError naming `checkpoint`."""
     try:
         config = LlamaConfig.from_pretrained(path)
         tensors = checkpoint_tensors(path)
@@ -2749,15 +2781,17 @@ print(f"compact against masked: relative difference {own['gap']:.1e}")
 #
 # - The quality of the real Llama-3-8B is not shown: there are no such weights here. The model is small, its
 #   tasks are synthetic, and all seeds share one base model.
-# - Products of three digits and one digit have about 6 500 different training items: fewer than one would like.
+# - Products of three digits and one digit have about 6 500 different training items: fewer than one would
+#   like.
 # - Times use forced masks, independent between tokens; real routes are correlated, which the last measurement
 #   only samples. They are for one model on one GPU, bfloat16, sequences of equal length.
 # - Beyond one sequence the weights of a layer are read whenever any sequence runs it. For 2 to 16 short
 #   sequences there is nothing to gain, whatever the kernel.
-# - The kernels do not split the inner dimension, and every launch of an inactive kernel still costs its launch.
+# - The kernels do not split the inner dimension, and every launch of an inactive kernel still costs its
+#   launch.
 #
-# **Exercise 1.** A layer is skipped with probability $p=\tfrac12$. At batch 4, which share of the FFN's weight
-# traffic is saved in R1?
+# **Exercise 1.** A layer is skipped with probability $p=\tfrac12$. At batch 4, which share of the FFN's
+# weight traffic is saved in R1?
 #
 # :::{dropdown} Solution
 # The weights can stay unread only if all four sequences skip: $p^4=\tfrac1{16}$. The adapter's weights are
@@ -2768,18 +2802,20 @@ print(f"compact against masked: relative difference {own['gap']:.1e}")
 #
 # :::{dropdown} Solution
 # One path is enough to teach the router. With $g<1$ on both, a frozen layer would do everything at reduced
-# strength, and nothing trainable in the layer could make up for it; on the FFN alone, $g\to1$ is easily learnt.
+# strength, and nothing trainable in the layer could make up for it; on the FFN alone, $g\to1$ is easily
+# learnt.
 # :::
 #
-# **Exercise 3.** The penalty is the square of a sum. Two tokens use 8 and 2 routed layers. Which pays more for one
-# more layer, and by how much?
+# **Exercise 3.** The penalty is the square of a sum. Two tokens use 8 and 2 routed layers. Which pays more
+# for one more layer, and by how much?
 #
 # :::{dropdown} Solution
-# $9^2-8^2=17$ against $3^2-2^2=5$: the marginal price grows with use, so that the router saves first where much is
-# used.
+# $9^2-8^2=17$ against $3^2-2^2=5$: the marginal price grows with use, so that the router saves first where
+# much is used.
 # :::
 #
-# **References.** X. Luo, W. Wang, X. Yan, *Adaptive Layer-skipping in Pre-trained LLMs*, 2025, arXiv 2503.23798.
+# **References.** X. Luo, W. Wang, X. Yan, *Adaptive Layer-skipping in Pre-trained LLMs*, 2025, arXiv
+# 2503.23798.
 #
 # ```bibtex
 # @article{luo2025adaptive,
