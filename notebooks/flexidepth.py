@@ -52,7 +52,10 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import string
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -120,7 +123,7 @@ S = run.settings(
         mix=dict(repeat=1, copy=1, phrase=1, max=1, add=1, mul=1, prose=1),
         pretrain=dict(steps=4, batch=16, lr=3e-3, pool=200, length=32),
         routers=dict(steps=4, batch=16, lr=3e-3, pool=200, length=32, reduction=16),
-        evaluate=dict(items=8, new_tokens=24, removed=2), taus=[0.3, 0.5, 0.7],
+        evaluate=dict(items=8, new_tokens=24, removed=1), taus=[0.5],
         speed=dict(width=64, depth=4, heads=4, kv_heads=2, ffn=192, vocab=128, repeats=3, warmup=1,
                    contexts=[16], batches=[1, 2], long=[2, 24], prefill=[2, 16], tiny=True),
     ),
@@ -130,8 +133,8 @@ S = run.settings(
         shape=dict(numbers=3, terms=[2, 2], digits=2, letters=5, prose=[10, 20]),
         mix=dict(repeat=3, copy=3, phrase=1, max=2, add=8, mul=5, prose=3),
         pretrain=dict(steps=0, batch=48, lr=3e-3, pool=100, length=32),
-        routers=dict(steps=90, batch=32, lr=3e-3, pool=6000, length=32, reduction=16),
-        evaluate=dict(items=64, new_tokens=24, removed=4), taus=[0.3, 0.5, 0.7],
+        routers=dict(steps=180, batch=32, lr=3e-3, pool=6000, length=32, reduction=16),
+        evaluate=dict(items=64, new_tokens=24, removed=3), taus=[0.3, 0.5, 0.7],
         speed=dict(width=64, depth=4, heads=4, kv_heads=2, ffn=192, vocab=128, repeats=5, warmup=2,
                    contexts=[16], batches=[1, 2], long=[2, 24], prefill=[2, 16], tiny=True),
     ),
@@ -2208,6 +2211,80 @@ def bench_sweep(speed: dict, tuned: Any) -> dict[str, Any]:
     return {"rows": np.array(rows)} | kept
 
 
+# %% [markdown]
+# Before they are timed, the kernels are compared with float64 references on fresh random inputs, for every
+# shape in use; and at small odd shapes under NVIDIA's `compute-sanitizer`, where the machine has it, which
+# finds reads and writes outside of a tensor. (On a CPU the references are compared with themselves.)
+
+
+# %%
+def error_of(got: Tensor, expected: Tensor) -> float:
+    """Largest difference over the largest expected value."""
+    return ((got.double() - expected).abs().max() / expected.abs().max().clamp_min(1e-9)).item()
+
+
+@torch.no_grad()
+def kernel_errors(
+    d: int, f: int, heads: int, kv_heads: int, ctx: int, rows: int, device: str
+) -> dict[str, float]:
+    """Errors of every kernel at one model shape against float64, every other row active."""
+    kind, dim, a = torch.bfloat16 if device == "cuda" else torch.float32, d // heads, f // 16
+    new = lambda *shape: (torch.randn(*shape, device=device) / shape[-1] ** 0.5).to(kind)  # noqa: E731
+    x, norm = new(rows, d) * d**0.5, torch.rand(d, device=device).to(kind)
+    active, out = (torch.arange(rows, device=device) % 2 == 0).to(torch.int8), {}
+    run_rows, y = active.bool(), rms_norm(x.double(), norm.double(), 1e-5)
+    for name, n in (("q", d), ("kv", 2 * kv_heads * dim + d // 16)):
+        w, made = new(n, d), torch.zeros(rows, n, device=device, dtype=kind)
+        gemv_pred(x, w, active, made, norm=norm, eps=1e-5)
+        out[name] = error_of(made, (y @ w.double().T) * run_rows[:, None])
+    w_in, w_out, gate = new(2 * f + 2 * a, d), new(d, f + a), torch.rand(rows, device=device)
+    inner = torch.empty(rows, f + a, device=device, dtype=kind)
+    ffn = swiglu(y, w_in[: 2 * f].double()) @ w_out[:, :f].double().T
+    small = swiglu(y, w_in[2 * f :].double()) @ w_out[:, f:].double().T
+    part = torch.where(run_rows[:, None], gate[:, None] * ffn, (1 - gate[:, None]) * small)
+    got = ffn_or_adapter(x.clone(), inner, w_in, w_out, norm, active, gate, f, 1e-5)
+    out["ffn_or_adapter"] = error_of(got, x.double() + part)
+    cache, query = new(2, rows, kv_heads, ctx, dim) * dim**0.5, new(rows, heads, dim) * dim**0.5
+    lengths = torch.randint(ctx, (rows,), device=device, dtype=torch.int32)
+    one, zero = torch.ones(ctx, dim, device=device), torch.zeros(ctx, dim, device=device)
+    got = decode_attn_pred(
+        query, cache, lengths, active, one, zero, torch.zeros(rows, d, device=device, dtype=kind)
+    )
+    seen = (torch.arange(ctx, device=device) <= lengths[:, None])[:, None, None]
+    k, v = (t.repeat_interleave(heads // kv_heads, 1).double() for t in cache)
+    expected = F.scaled_dot_product_attention(query[:, :, None].double(), k, v, attn_mask=seen).flatten(1)
+    out["attention"] = error_of(got, expected * run_rows[:, None])
+    z, weight, w = new(rows, d // 16), torch.rand(d // 16, device=device), torch.randn(d // 16, device=device)
+    u = torch.tanh(rms_norm(z.double(), weight.double(), 1e-5))
+    return out | {"router": error_of(router_finish(z, weight, w, 1e-5)[0], torch.sigmoid(u @ w.double()))}
+
+
+# %%
+def check_kernels(speed: dict) -> dict[str, Any]:
+    """Errors at the measured shapes for 1, 4 and 8 rows; what compute-sanitizer says of small ones."""
+    shape = dict(d=speed["width"], f=speed["ffn"], heads=speed["heads"], kv_heads=speed["kv_heads"])
+    errors = {
+        f"{k}, {rows} rows": v
+        for rows in (1, 4, 8)
+        for k, v in kernel_errors(**shape, ctx=speed["contexts"][0], rows=rows, device=run.device).items()
+    }
+    tool, said = shutil.which("compute-sanitizer"), "not available"
+    if tool and run.device == "cuda":
+        code = (
+            "import readrun; q = readrun.chapter('flexidepth'); "
+            "print([q.kernel_errors(96, 144, 6, 2, 45, rows, 'cuda') for rows in (1, 3)])"
+        )
+        command = [tool, "--error-exitcode", "9", sys.executable, "-c", code]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=180, check=False)
+        lines = [line for line in (done.stdout + done.stderr).splitlines() if "ERROR SUMMARY" in line]
+        said = f"exit {done.returncode}: {lines[-1].strip('= ') if lines else 'no summary'}"
+    return {"errors": errors, "worst": max(errors.values()), "sanitizer": said}
+
+
+checked = run.unit(check_kernels, speed=S.speed)
+if checked.done:
+    print(f"largest relative error {checked['worst']:.1e}; compute-sanitizer: {checked['sanitizer']}")
+
 # %%
 tuned = run.unit(tune_kernels, speed=S.speed)
 timed = {
@@ -2314,6 +2391,8 @@ def gather_difficulty(metrics: dict, arrays: dict) -> None:
 # %% tags=["hide-input"]
 def gather_speed(metrics: dict, arrays: dict) -> None:
     """Add times, rates, differences and the predictions beside them."""
+    if checked.done:
+        metrics["kernel_error"] = {"worst": [checked["worst"]]}
     if flops.done:
         metrics["flop_ratio"] = {"compact": [flops["counted"] / flops["formula"]]}
     if timed["same"].done:
@@ -2551,10 +2630,12 @@ shown = book or here
 plots.show(draw_curve(shown), alt=f"Recorded run. {CURVE_ALT}", caption=f"Profile {shown.profile}.")
 
 # %% tags=["figure", "hide-input"]
-plots.show(draw_text(shown), alt=f"Recorded run. {TEXT_ALT}", caption=f"Profile {shown.profile}.")
+if book:
+    plots.show(draw_text(shown), alt=f"Recorded run. {TEXT_ALT}", caption=f"Profile {shown.profile}.")
 
 # %% tags=["figure", "hide-input"]
-plots.show(draw_use(shown), alt=f"Recorded run. {USE_ALT}", caption=f"Profile {shown.profile}.")
+if book:
+    plots.show(draw_use(shown), alt=f"Recorded run. {USE_ALT}", caption=f"Profile {shown.profile}.")
 
 # %% tags=["hide-input"]
 tables.grid(quality_rows(shown), caption=f"Profile {shown.profile}.")
@@ -2657,7 +2738,8 @@ def draw_choice(task: str, tau: float):
     """One answer at one threshold, coloured, with its mean number of layers."""
     figure = draw_text(shown, tau, task)
     if "play" in shown.arrays:
-        found, at = json.loads(str(shown.arrays["play"])), S.taus.index(tau)
+        found = json.loads(str(shown.arrays["play"]))
+        at = found["taus"].index(tau)
         layers = found["layers"][at][TASKS.index(task)]
         right = found["texts"][at][TASKS.index(task)][2]
         mean = float(np.mean(layers)) if layers else 0.0

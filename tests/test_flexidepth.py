@@ -378,6 +378,8 @@ def test_cost_model_counts_every_byte() -> None:
     all_skip = dense - 2 * saved + 2 * adapters + router
     got = q.cost_model(c, "predicated", 1, 5, 2, 1e12, 1e30)
     assert got == pytest.approx(2e3 * (all_skip + kv / 2) / 1e12)
+    two = dense - 2 * saved / 4 + 2 * adapters * 3 / 4 + router  # p = 1/2, two sequences: 1/4 stays unread
+    assert q.cost_model(c, "predicated", 2, 0, 1, 1e12, 1e30) == pytest.approx(2e3 * two / 1e12)
     batches = [q.cost_model(c, "predicated", b, 5, 1, 1e12, 1e30) for b in (1, 2, 8)]
     assert batches[0] < batches[1] < batches[2]
     with pytest.raises(ValueError, match="mode="):
@@ -743,3 +745,8 @@ def test_committed_base_is_competent(tmp_path, monkeypatch) -> None:
     score = dict(zip(q.TASKS, q.task_scores(found["exact"], found["nll"]), strict=True))
     assert score["repeat"] > 0.7 and score["phrase"] > 0.7, score
     assert found["skip"] == 0
+
+
+@interpreted
+def test_kernel_errors_are_those_of_rounding() -> None:
+    assert max(q.kernel_errors(32, 48, 4, 2, 20, 2, "cpu").values()) < 1e-5
