@@ -500,11 +500,12 @@ def static_skip(model, k: int, batch: Batch):
 # | R3: prefill | arithmetic | rows of the matrix products |
 #
 # For R1 the decision is made on the device, in the middle of the step. If the host had to read it, every
-# layer would cost a round trip. So the whole step is one {term}`CUDA graph`, launched blind, and each
-# kernel is *predicated*: its first instruction reads the mask, and if no row needs it, it returns before it
-# has read a weight. One kernel does all matrix-vector products. It works on two matrices at once (`half` 0
-# for rows that run: the FFN; `half` 1 for rows that skip: the adapter), stored side by side, and can fuse
-# what stands around a product: RMSNorm before it, SwiGLU, the factor $g$ or $1-g$, the residual after it.
+# layer would cost a round trip. So the whole step is one CUDA graph (a recorded sequence of launches,
+# replayed as a whole), and each kernel is *predicated*: its first instruction reads the mask, and if no row
+# needs it, it returns before it has read a weight. One kernel does all matrix-vector products. It works on
+# two matrices at once (`half` 0 for rows that run: the FFN; `half` 1 for rows that skip: the adapter),
+# stored side by side, and can fuse what stands around a product: RMSNorm before it, SwiGLU, the factor $g$
+# or $1-g$, the residual after it.
 #
 # Each kernel has a reference in plain torch, which is what runs on a CPU. There is no split of the inner
 # dimension between programs: with 4 to 16 output rows per program every shape of the layer fills 132
