@@ -231,7 +231,8 @@ class Decoder:
             return function(*arguments)
         if key in self._captured:
             return self._captured[key].replay()
-        here, stream, graph = torch.cuda.current_stream(), torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        here, stream = (of(self.device) for of in (torch.cuda.current_stream, torch.cuda.Stream))
+        graph = torch.cuda.CUDAGraph()
         stream.wait_stream(here)
         with torch.cuda.stream(stream):
             function(*arguments)

@@ -8,24 +8,18 @@ assistant's, the model continues it.
 from __future__ import annotations
 
 import importlib
-import json
 import re
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
-
-from pydantic import BaseModel, ValidationError
+from typing import Any
 
 Message = dict[str, str]
 Conversation = str | Sequence[Mapping[str, str]]
-Schema = TypeVar("Schema", bound=BaseModel)
 
 
 def __getattr__(name: str) -> Any:  # what needs torch or openai is imported when it is asked for
-    home = {"OpenAILLM": "http", "Cassette": "http"} | dict.fromkeys(
-        ("TransformersLLM", "plain", "raw"), "transformers"
-    )
+    home = {"OpenAILLM": "http"} | dict.fromkeys(("TransformersLLM", "plain", "raw"), "transformers")
     if name not in home:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"readrun.llm_{home[name]}"), name)
@@ -155,10 +149,11 @@ class LLM:
         in place of the list; otherwise the first such error is raised after all others were answered.
         """
         stop = [stop] if isinstance(stop, str) else list(stop)
-        for name, value in dict(n=n - 1, max_tokens=max_tokens - 1, temperature=temperature).items():
-            if not value >= 0:
-                least = int(name != "temperature")
-                raise ValueError(f"{name}: {value + least!r}; accepted: {least} or more")
+        for name, value in dict(n=n, max_tokens=max_tokens).items():
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}: {value!r}; accepted: whole numbers from 1")
+        if not temperature >= 0:
+            raise ValueError(f"temperature: {temperature!r}; accepted: 0 or more")
         if not all(isinstance(text, str) and text for text in stop):
             raise ValueError(f"stop: {stop!r}; accepted: texts that are not empty")
         pictures = [()] * len(conversations) if images is None else images
@@ -270,100 +265,3 @@ class ScriptedLLM(LLM):
             [self._score(prompt, text) for text in some]
             for prompt, some in zip(prompts, continuations, strict=True)
         ]
-
-
-# Replies with a structure
-
-
-class ReplyError(LLMError):
-    """A reply that does not have the structure asked for; the message quotes it."""
-
-
-def parse_reply(reply: Reply | str, schema: type[Schema]) -> Schema:
-    """The one JSON object in a reply that fits `schema`, or else its lines "field name: value".
-
-    Prose and code fences around the object do not matter. Names of fields may be written with blanks and in
-    any case; a value goes on up to the next field. Raises ReplyError, quoting the reply, if there is none, if
-    a value does not fit, or if there are two that differ.
-    """
-    text = reply if isinstance(reply, str) else reply.text
-    try:
-        found = list(_objects(text)) or [_fields(text, schema)]
-        fitting, error = list[Schema](), None
-        for values in found:
-            try:
-                fitting.append(schema.model_validate(values))
-            except ValidationError as problem:
-                error = error or problem
-        if not fitting and error:
-            problems = (f"{'.'.join(map(str, e['loc'])) or 'object'}: {e['msg']}" for e in error.errors())
-            raise ValueError("; ".join(problems))
-        if any(one != fitting[0] for one in fitting):
-            raise ValueError(f"{len(fitting)} objects that differ")
-        return fitting[0]
-    except (ValueError, RecursionError) as problem:
-        asked = ", ".join(schema.model_fields)
-        raise ReplyError(f"the reply does not give {asked}: {problem}; it says: {text!r:.500}") from None
-
-
-def _objects(text: str) -> Iterator[dict[str, Any]]:
-    """Outermost JSON objects of a text. Braces that are no JSON are skipped up to where they close."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len({name for name, _ in pairs}) < len(pairs):
-            raise ValueError("an object names a field twice")
-        return dict(pairs)
-
-    def refuse(name: str) -> None:
-        raise ValueError(f"{name} is no JSON number")
-
-    decoder, at = json.JSONDecoder(object_pairs_hook=unique, parse_constant=refuse), text.find("{")
-    while at >= 0:
-        try:
-            value, at = decoder.raw_decode(text, at)
-            yield value
-        except json.JSONDecodeError:
-            depth = 0
-            for at in range(at, len(text)):  # noqa: B020
-                depth += {"{": 1, "}": -1}.get(text[at], 0)
-                if depth == 0:
-                    break
-            at += 1
-        at = text.find("{", at)
-
-
-def _fields(text: str, schema: type[BaseModel]) -> dict[str, str]:
-    names = {
-        (field.alias or name).replace("_", " ").lower(): name for name, field in schema.model_fields.items()
-    }
-    label = "|".join(map(re.escape, names)).replace("\\ ", "[ _]")
-    parts = re.split(rf"(?im)^[ \t>*_#-]*({label})[ *_]*:[ *]*", text)
-    values: dict[str, str] = {}
-    for label, value in zip(parts[1::2], parts[2::2], strict=True):
-        field = schema.model_fields[name := names[label.replace("_", " ").lower()]]
-        if values.setdefault(field.alias or name, value.strip()) != value.strip():
-            raise ValueError(f"{name} is given twice, and differently")
-    if not values:
-        raise ValueError("neither a JSON object nor lines that name these fields")
-    return values
-
-
-def ask(
-    llm: LLM, messages: Conversation, schema: type[Schema], retries: int = 1, **options: Any
-) -> tuple[Schema, list[Reply]]:
-    """(parsed reply, all replies): a reply that cannot be parsed goes back with the error, `retries` times.
-
-    options: of `LLM.generate`, without n. Raises ReplyError for the last reply.
-    """
-    conversation, replies = as_messages(messages), list[Reply]()
-    while True:
-        replies += llm.generate(conversation, **options)
-        try:
-            return parse_reply(replies[-1], schema), replies
-        except ReplyError as error:
-            if len(replies) > retries:
-                raise
-            again = f"Your reply could not be used: {error}. Answer again, in the form asked for."
-            conversation += [
-                {"role": "assistant", "content": replies[-1].text}, {"role": "user", "content": again}
-            ]  # fmt: skip

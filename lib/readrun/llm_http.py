@@ -1,23 +1,19 @@
-"""`readrun.llm` over HTTP, from any server that speaks the OpenAI chat protocol, and from recordings."""
+"""`readrun.llm` over HTTP, from any server that speaks the OpenAI chat protocol."""
 
 from __future__ import annotations
 
 import base64
-import hashlib
 import io
 import json
 import os
 import warnings
-from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 from urllib.parse import urlsplit
 
-from readrun import paths
-from readrun.llm import LLM, LLMError, Message, Reply, Request, Usage
+from readrun.llm import LLM, LLMError, Reply, Request, Usage
 
 
 class OpenAILLM(LLM):
@@ -89,7 +85,7 @@ class OpenAILLM(LLM):
         create = self._client.chat.completions.with_raw_response.create
         try:
             answer = create(model=self._model, messages=messages, extra_body=fields)  # type: ignore[arg-type]
-            return answer.http_response.text
+            return answer.http_response.text.replace(self._key or "\0", "***")  # a page may show the key
         except self._errors as error:
             said = f"{error} {error.__cause__ or ''}".replace(self._key or "\0", "***").strip()
             raise LLMError(f"{self.name} at {self._url} ({self._tried}): {said:.500}") from None
@@ -136,91 +132,3 @@ def _image_part(image: Any) -> dict[str, Any]:
     image.save(buffer, format="PNG")
     url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
     return {"type": "image_url", "image_url": {"url": url}}
-
-
-class Cassette(LLM):
-    """Requests and replies in a JSON file, replayed exactly: the model is not asked again.
-
-    llm: a backend that answers requests which are not in the file; after each call its replies are added.
-    Without it such a request raises LLMError. A request made k times has k replies, replayed in order.
-    Raises ValueError for a file that is none of these.
-    """
-
-    can_loglik = can_see = True
-
-    def __init__(self, path: str | Path, llm: LLM | None = None) -> None:
-        super().__init__()
-        self._path, self._llm, self._played = Path(path), llm, Counter[str]()
-        self._tracks: dict[str, list[Any]] = {}
-        if llm:
-            self.can_loglik, self.can_see = llm.can_loglik, llm.can_see
-        elif not self._path.is_file():
-            raise ValueError(f"path: {path} does not exist, and there is no llm to record from")
-        if self._path.is_file():
-            try:
-                for entry in json.loads(self._path.read_text(encoding="utf-8")):
-                    self._tracks[_key(entry["request"])] = [_loaded(answer) for answer in entry["answers"]]
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"path: {path} holds no recorded requests ({error!r:.200})") from error
-        self.name = f"cassette of {llm.name}" if llm else f"cassette {self._path.name}"
-
-    def _generate(self, requests: list[Request]) -> list[list[Reply] | LLMError]:
-        def ask(llm: LLM, missing: list[Request]) -> list[list[Reply] | LLMError]:
-            r, pictures = missing[0], [request.images for request in missing] if llm.can_see else None
-            texts = [request.messages for request in missing]
-            return llm.generate_batch(texts, r.n, r.max_tokens, r.temperature, r.stop, pictures, True)
-
-        def plain(request: Request) -> dict[str, Any]:
-            seen = [hashlib.sha256(x.tobytes() + repr(x.size).encode()).hexdigest() for x in request.images]
-            return vars(request) | {"images": seen}
-
-        return self._played_or(ask, requests, plain)
-
-    def _loglik(self, prompts: list[list[Message]], continuations: list[list[str]]) -> list[list[float]]:
-        def ask(llm: LLM, missing: list[Any]) -> list[list[float]]:
-            return llm.loglik_batch(*map(list, zip(*missing, strict=True)))
-
-        pairs = list(zip(prompts, continuations, strict=True))
-        answers = self._played_or(ask, pairs, lambda pair: {"prompt": pair[0], "continuations": pair[1]})
-        if errors := [answer for answer in answers if isinstance(answer, LLMError)]:
-            raise errors[0]
-        return answers
-
-    def _played_or(self, ask: Callable, requests: list[Any], plain: Callable[[Any], dict]) -> list[Any]:
-        """What the file holds for each request; what it does not hold, by `ask`, and then written to it."""
-        keys, answers, missing = [_key(plain(request)) for request in requests], dict[int, Any](), list[int]()
-        for at, key in enumerate(keys):
-            turn, known = self._played[key], self._tracks.get(key, [])
-            self._played[key] += 1
-            if turn < len(known):
-                answers[at] = known[turn]
-            elif self._llm:
-                missing.append(at)
-            else:
-                answers[at] = LLMError(f"{self.name} has {len(known)} answers, not {turn + 1}, to {key:.500}")
-        if missing:
-            new = ask(self._llm, [requests[at] for at in missing])
-            for at, answer in zip(missing, new, strict=True):
-                answers[at] = answer
-                if not isinstance(answer, LLMError):
-                    self._tracks.setdefault(keys[at], []).append(answer)
-            entries = [{"request": json.loads(key), "answers": some} for key, some in self._tracks.items()]
-            text = json.dumps(entries, ensure_ascii=False, indent=1, default=asdict)
-            paths.write_atomic(self._path, text + "\n")
-        return [answers[at] for at in range(len(keys))]
-
-
-def _key(request: dict[str, Any]) -> str:
-    return json.dumps(request, sort_keys=True, ensure_ascii=False)
-
-
-def _loaded(answer: list[Any]) -> list[Any]:
-    """A recorded answer: replies, or log-likelihoods."""
-    if not all(isinstance(fields, dict) for fields in answer):
-        return [float(value) for value in answer]
-    replies = []
-    for fields in answer:
-        top = fields["top_logprobs"]
-        fields["top_logprobs"] = top and [[(text, value) for text, value in row] for row in top]
-        replies.append(Reply(**fields | {"usage": Usage(**fields["usage"])}))
-    return replies

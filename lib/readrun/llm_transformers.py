@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
@@ -68,15 +69,17 @@ class TransformersLLM(LLM):
         positions = "position_ids" in inspect.signature(model.forward).parameters
         self.can_loglik = attends and positions and not self.can_see
         self._generator, self._decoder = torch.Generator().manual_seed(seed), None
-        self._pieces: list[str] = [""] * max(len(self.tokenizer), config.vocab_size)
-        self._special = set(self.tokenizer.all_special_ids)
+        self._pieces = dict.fromkeys(self.tokenizer.all_special_ids, "")
 
     # Texts and tokens
 
     def _prompt(self, messages: list[Message], after: str = "") -> list[int]:
-        """Token ids of the prompt, followed by the text `after`."""
+        """Token ids of the prompt, followed by the text `after`. Raises ValueError if there are none."""
         if self.template or not self.tokenizer.chat_template:
-            return self.tokenizer((self.template or plain)(messages) + after)["input_ids"]
+            ids = self.tokenizer((self.template or plain)(messages) + after)["input_ids"]
+            if not ids:
+                raise ValueError("messages: the prompt has no tokens")
+            return ids
         goes_on = messages[-1]["role"] == "assistant"
         how = dict(tokenize=False, add_generation_prompt=not goes_on, continue_final_message=goes_on)
         try:
@@ -90,13 +93,14 @@ class TransformersLLM(LLM):
 
     def _piece(self, token: int) -> str:
         """A token's text inside a text: with its leading space, which decoding it alone would drop."""
-        if not any(self._pieces):
-            ids = [i for i in range(len(self.tokenizer)) if i not in self._special]
-            before = next(i for i in ids if self._text([i]).strip())
-            start = len(self._text([before]))
-            for i in ids:
-                self._pieces[i] = self._text([before, i])[start:]
+        if token not in self._pieces:
+            self._pieces[token] = self._text([self._word, token])[len(self._text([self._word])) :]
         return self._pieces[token]
+
+    @functools.cached_property
+    def _word(self) -> int:
+        """Some token that is visible text."""
+        return next(i for i in range(len(self.tokenizer)) if self._text([i]).strip())
 
     def _reply(self, ids: list[int], scores: Scores | None, stop: list[str], prompt_tokens: int) -> Reply:
         """The reply that these tokens are, up to the first stop string."""
@@ -155,8 +159,8 @@ class TransformersLLM(LLM):
             return *self._by_generate(inputs, first), inputs["attention_mask"].sum(1).tolist()
         ends = self._ends
         if first.stop:  # tokens with a whole stop string in them end a row at once
-            self._piece(0)
-            ends = [*ends, *(i for i, p in enumerate(self._pieces) if any(one in p for one in first.stop))]
+            whole = (i for i in range(len(self.tokenizer)) if any(s in self._piece(i) for s in first.stop))
+            ends = [*ends, *whole]
         decoder = self._fitting(len(prompts), max(sizes), first, ends)
         if decoder is None:
             ids, mask = decode.left_pad(prompts, self._pad)

@@ -249,16 +249,15 @@ def _check(job: str | Sequence[str], policy: Policy, limits: Limits) -> None:
 def _judge(seen: Seen, policy: Policy, limits: Limits) -> tuple[Status, str, Any, str]:
     """What the host saw, as (status, error, value, its kind)."""
     disk = f"more than {limits.disk} MiB or {limits.files} files"
-    if seen.broken == "time":
-        return "timeout", f"longer than {limits.time} s", None, ""
-    if seen.broken == "memory":
-        return "memory", f"more than {limits.memory} MiB", None, ""
-    if seen.broken == "processes":
-        return "processes", f"more than {limits.processes} processes and threads", None, ""
-    if seen.broken == "output":
-        return "output", f"more than {limits.output} bytes", None, ""
-    if seen.broken == "disk":
-        return "disk", disk, None, ""
+    said: dict[str, tuple[Status, str]] = {
+        "time": ("timeout", f"longer than {limits.time} s"),
+        "memory": ("memory", f"more than {limits.memory} MiB"),
+        "processes": ("processes", f"more than {limits.processes} processes and threads"),
+        "output": ("output", f"more than {limits.output} bytes"),
+        "disk": ("disk", disk),
+    }
+    if seen.broken:
+        return *said[seen.broken], None, ""
     if seen.code is None:
         return "killed", "the sandbox ended", None, ""
     if policy.kind == "script" and (seen.code in (-signal.SIGXFSZ, 128 + signal.SIGXFSZ)):

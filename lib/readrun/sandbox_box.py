@@ -129,9 +129,8 @@ def _bwrap(plan: list[tuple[str, str, str]], disk: int) -> list[str]:
 
 def _environment(kind: str, packages: Sequence[str]) -> dict[str, str]:
     quiet = "OMP_NUM_THREADS OPENBLAS_NUM_THREADS MKL_NUM_THREADS".split()
-    environment = {"LANG": "C.UTF-8", "HOME": inside.WORK, "TMPDIR": "/scratch/tmp"} | dict.fromkeys(
-        quiet, "1"
-    )
+    environment = {"LANG": "C.UTF-8", "HOME": inside.WORK, "TMPDIR": "/scratch/tmp"}
+    environment |= dict.fromkeys(quiet, "1")
     if kind == "compute":
         return environment | {"PYTHONHASHSEED": "0"}
     path = f"/python:{os.path.realpath(sys.base_prefix)}/bin:/usr/local/bin:/usr/bin:/bin"
@@ -361,20 +360,20 @@ class Box:
         used = os.statvfs(self.work)
         if used.f_files - used.f_ffree > limits.files + 100:
             return "disk"
-        threads, resident, shared = 0, 0, 0
-        seen = dict[int, int]()
+        threads, tables, sizes = 0, 0, dict[int, int]()
         for pid in _below(self.pid):
             with contextlib.suppress(OSError, KeyError):  # it has just gone
                 lines = Path(f"/proc/{pid}/status").read_text().splitlines()
                 values = dict(line.split(":", 1) for line in lines)
                 threads += int(values["Threads"])
-                seen[pid], tables = (int(values[name].split()[0]) * 1024 for name in ("VmRSS", "VmPTE"))
-                resident += seen[pid] + tables
+                sizes[pid], own = (int(values[name].split()[0]) * 1024 for name in ("VmRSS", "VmPTE"))
+                tables += own
             if threads > limits.processes:
                 return "processes"
-        if self.kind == "script" and resident > limits.memory * MIB:  # count shared pages once
-            shared = sum(max(size - _proportional(pid), 0) for pid, size in seen.items())
-        return "memory" if self.kind == "script" and resident - shared > limits.memory * MIB else ""
+        room = limits.memory * MIB - tables
+        if self.kind == "script" and sum(sizes.values()) > room:  # count shared pages once
+            return "memory" if sum(map(_proportional, sizes)) > room else ""
+        return ""
 
 
 def _below(pid: int) -> Iterator[int]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 NOFOLLOW = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC if hasattr(os, "O_NOFOLLOW") else 0
@@ -37,105 +39,83 @@ def copy_files(
     """
     found: dict[str, str] = {}
     skipped: dict[str, str] = {}
-    left = [max_bytes, max_files]
-    here = os.dup(source) if isinstance(source, int) else os.open(source, os.O_RDONLY | os.O_DIRECTORY)
-    there = None
-    try:
-        if target is not None:
-            there = (
-                os.dup(target) if isinstance(target, int) else os.open(target, os.O_RDONLY | os.O_DIRECTORY)
-            )
-        _copy(here, there, "", found, skipped, left, own)
-    finally:
-        os.close(here)
-        if there is not None:
-            os.close(there)
-    return found, skipped
+    left = {"bytes": max_bytes, "files": max_files}
 
-
-def _copy(
-    here: int,
-    there: int | None,
-    prefix: str,
-    found: dict[str, str],
-    skipped: dict[str, str],
-    left: list[int],
-    own: bool,
-) -> None:
-    seen: dict[str, str] = {}
-    for entry in sorted(os.listdir(here)):
-        path = printable(os.fsencode(prefix + entry)).replace("\n", "\\n").replace("\t", "\\t")
-        why = ""
-        if left[1] <= 0:
-            skipped["…"] = "too many files"
-            return
-        left[1] -= 1
-        if path != prefix + entry:
-            why = "odd name"
-        elif (twin := seen.setdefault(entry.casefold(), entry)) != entry:
-            why = f"differs from {twin} only by case"
-        if why:
-            skipped[path] = why
-            continue
-        try:
-            status = os.stat(entry, dir_fd=here, follow_symlinks=False)
-            if stat.S_ISDIR(status.st_mode):
-                if prefix.count("/") >= DEEP:
-                    skipped[path] = "too deep"
-                    continue
-                inner = os.open(entry, os.O_RDONLY | os.O_DIRECTORY | NOFOLLOW, dir_fd=here)
-                into = None
-                try:
-                    if there is not None:
-                        os.mkdir(entry, 0o755, dir_fd=there)
-                        into = os.open(entry, os.O_RDONLY | os.O_DIRECTORY | NOFOLLOW, dir_fd=there)
-                        _hand_over(into, there)
-                    _copy(inner, into, prefix + entry + "/", found, skipped, left, own)
-                finally:
-                    os.close(inner)
-                    if into is not None:
-                        os.close(into)
-            elif not stat.S_ISREG(status.st_mode):
-                skipped[path] = KINDS.get(stat.S_IFMT(status.st_mode), "no regular file")
+    def folder(here: int, there: int | None, prefix: str) -> None:
+        seen: dict[str, str] = {}
+        for entry in sorted(os.listdir(here)):
+            path = printable(os.fsencode(prefix + entry)).replace("\n", "\\n").replace("\t", "\\t")
+            if left["files"] <= 0:
+                skipped["…"] = "too many files"
+                return
+            left["files"] -= 1
+            if path != prefix + entry:
+                skipped[path] = "odd name"
+            elif (twin := seen.setdefault(entry.casefold(), entry)) != entry:
+                skipped[path] = f"differs from {twin} only by case"
             else:
-                _copy_file(here, there, entry, path, found, skipped, left, own)
-        except OSError as error:  # it vanished, was swapped, or may not be read
-            skipped[path] = error.strerror or "cannot be read"
+                try:
+                    mode = os.stat(entry, dir_fd=here, follow_symlinks=False).st_mode
+                    if stat.S_ISDIR(mode) and prefix.count("/") >= DEEP:
+                        skipped[path] = "too deep"
+                    elif stat.S_ISDIR(mode):
+                        with _opened(entry, here) as inner:
+                            if there is None:
+                                folder(inner, None, prefix + entry + "/")
+                                continue
+                            os.mkdir(entry, 0o755, dir_fd=there)
+                            with _opened(entry, there) as into:
+                                _hand_over(into, there)
+                                folder(inner, into, prefix + entry + "/")
+                    elif stat.S_ISREG(mode):
+                        file(here, there, entry, path)
+                    else:
+                        skipped[path] = KINDS.get(stat.S_IFMT(mode), "no regular file")
+                except OSError as error:  # it vanished, was swapped, or may not be read
+                    skipped[path] = error.strerror or "cannot be read"
+
+    def file(here: int, there: int | None, entry: str, path: str) -> None:
+        """What counts is what was opened, not what `stat` saw before."""
+        with os.fdopen(os.open(entry, os.O_RDONLY | NOFOLLOW, dir_fd=here), "rb") as source:
+            status = os.fstat(source.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                skipped[path] = "no regular file"
+            elif status.st_nlink > 1 and not own:
+                skipped[path] = "hard link"
+            elif status.st_size > left["bytes"]:
+                skipped[path] = "too large"
+            else:
+                left["bytes"] -= status.st_size
+                data = source.read(status.st_size)
+                if there is not None:
+                    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | NOFOLLOW
+                    mode = 0o644 | (status.st_mode & 0o111)
+                    with os.fdopen(os.open(entry, flags, mode, dir_fd=there), "wb") as copy:
+                        copy.write(data)
+                        _hand_over(copy.fileno(), there)
+                found[path] = hashlib.sha256(data).hexdigest()
+
+    with contextlib.ExitStack() as stack:
+        both = (None if x is None else stack.enter_context(_opened(x)) for x in (source, target))
+        here, there = both
+        assert here is not None
+        folder(here, there, "")
+    return found, skipped
 
 
 KINDS = {stat.S_IFLNK: "link", stat.S_IFIFO: "FIFO", stat.S_IFSOCK: "socket"}
 KINDS |= {stat.S_IFCHR: "device", stat.S_IFBLK: "device"}
 
 
-def _copy_file(
-    here: int,
-    there: int | None,
-    entry: str,
-    path: str,
-    found: dict[str, str],
-    skipped: dict[str, str],
-    left: list[int],
-    own: bool,
-) -> None:
-    """One file: what counts is what was opened, not what `stat` saw before."""
-    with os.fdopen(os.open(entry, os.O_RDONLY | NOFOLLOW, dir_fd=here), "rb") as file:
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            skipped[path] = "no regular file"
-        elif status.st_nlink > 1 and not own:
-            skipped[path] = "hard link"
-        elif status.st_size > left[0]:
-            skipped[path] = "too large"
-        else:
-            left[0] -= status.st_size
-            data = file.read(status.st_size)
-            if there is not None:
-                flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | NOFOLLOW
-                mode = 0o644 | (status.st_mode & 0o111)
-                with os.fdopen(os.open(entry, flags, mode, dir_fd=there), "wb") as copy:
-                    copy.write(data)
-                    _hand_over(copy.fileno(), there)
-            found[path] = hashlib.sha256(data).hexdigest()
+@contextlib.contextmanager
+def _opened(folder: Path | str | int, inside: int | None = None) -> Iterator[int]:
+    """A descriptor of a folder; of one `inside` another only if it is no link."""
+    flags = os.O_RDONLY | os.O_DIRECTORY | (0 if inside is None else NOFOLLOW)
+    number = os.dup(folder) if isinstance(folder, int) else os.open(folder, flags, dir_fd=inside)
+    try:
+        yield number
+    finally:
+        os.close(number)
 
 
 def _hand_over(fd: int, folder: int) -> None:
