@@ -78,6 +78,7 @@ def test_channels_of_a_residue_class_share_a_kernel() -> None:
     w[:, 0] = 0
     y = q.ska(x, w)
     assert (y[:, 0::2] == 0).all() and (y[:, 1::2] != 0).any(dim=(0, 2, 3)).all()
+    x, w = pair(16, 2, 3, 4, 5)
     within = torch.tensor([2, 1, 0, *range(3, 16)])  # 0 and 2 swapped: both even
     assert torch.equal(q.ska(x[:, within], w), q.ska(x, w)[:, within])
     across = torch.tensor([1, 0, *range(2, 16)])
