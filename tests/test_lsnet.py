@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from readrun import chapter
+from safetensors.torch import save_file
 from torch import nn
 
 q = chapter("lsnet")
@@ -307,6 +308,12 @@ def test_official_file_loads(tmp_path) -> None:
     saved = torch.load(file, weights_only=True)["model"]
     assert all(torch.equal(v, saved[k]) for k, v in model.state_dict().items())
     assert q.own_model(str(file))["variant"] == "lsnet_t"
+    folder = tmp_path / "timm"  # the same through timm's own loader
+    folder.mkdir()
+    save_file(saved, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"architecture": "lsnet_t", "num_classes": 7}))
+    through_timm = timm.create_model(f"local-dir:{folder}", pretrained=True).state_dict()
+    assert all(torch.equal(v, saved[k]) for k, v in through_timm.items())
     larger = q.load_official(timm.create_model("lsnet_t", num_classes=7, img_size=288), str(file)).eval()
     key = "blocks4.3.mixer.m.attention_biases"
     assert larger.state_dict()[key].shape == (4, 25) and larger(torch.zeros(1, 3, 288, 288)).shape == (1, 7)
@@ -509,7 +516,6 @@ def test_training_is_repeatable_and_differs_between_mixers(tmp_path, monkeypatch
 def test_checkpoint_path(tmp_path) -> None:
     """The whole notebook in smoke on two checkpoints, one official file and one folder in timm's format."""
     from readrun.execute import execute
-    from safetensors.torch import save_file
 
     file = official(tmp_path, "lsnet_t_distill", seed=0)
     folder = tmp_path / "timm"
