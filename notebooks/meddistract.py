@@ -2386,11 +2386,17 @@ def tell_robustness(results) -> str:
     """The correlation with its cluster bootstrap, the naive one, the effect of size at equal baselines."""
     base, dist = clean_and_distracted(results.arrays)
     found = robustness_vs_baseline(base, dist, results.arrays["correct/runs"])
+    if found["n"] < 3:
+        return f"{found['n']} models above the floor: too few for a correlation"
     gap, pairs = size_at_matched_baseline(base, dist, results.arrays["correct/sizes"])
+    matched = (
+        f"at equal baselines (within 0.03, {pairs} pairs) the smaller model loses {gap:+.3f} more of its share"
+        if pairs
+        else "no two sizes with equal baselines"
+    )
     return (
         f"rho {found['rho']:.2f} [{found['low']:.2f}, {found['high']:.2f}] over {found['n']} models, "
-        f"naive {found['naive']:.2f}; at equal baselines (within 0.03, {pairs} pairs) the smaller model "
-        f"loses {gap:+.3f} more of its share"
+        f"naive {found['naive']:.2f}; {matched}"
     )
 
 
