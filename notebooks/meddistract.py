@@ -2390,7 +2390,7 @@ def tell_robustness(results) -> str:
         return f"{found['n']} models above the floor: too few for a correlation"
     gap, pairs = size_at_matched_baseline(base, dist, results.arrays["correct/sizes"])
     matched = (
-        f"at equal baselines (within 0.03, {pairs} pairs) the smaller model loses {gap:+.3f} more of its share"
+        f"at equal baselines (within 0.03, {pairs} pairs) the smaller loses {gap:+.3f} more of its share"
         if pairs
         else "no two sizes with equal baselines"
     )
