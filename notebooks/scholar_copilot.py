@@ -2952,17 +2952,19 @@ tables.provenance(book) if book else print(
 )
 
 # %% tags=["figure", "hide-input"]
-plots.show(
-    draw_recall(shown), alt=RECALL_ALT, caption=f"Profile {shown.profile}. Bands: 95 % over module files."
-)
+if book:  # without a record the same figures stand above
+    plots.show(
+        draw_recall(book), alt=RECALL_ALT, caption=f"Profile {book.profile}. Bands: 95 % over module files."
+    )
 
 # %% tags=["hide-input"]
-summary(shown)
+summary(book) if book else None
 
 # %% tags=["figure", "hide-input"]
-plots.show(
-    draw_writing(shown), alt=WRITING_ALT, caption=f"Profile {shown.profile}. Bars: 95 % over module files."
-)
+if book:
+    plots.show(
+        draw_writing(book), alt=WRITING_ALT, caption=f"Profile {book.profile}. Bars: 95 % over module files."
+    )
 
 # %% [markdown]
 # ### Cost against the limits
