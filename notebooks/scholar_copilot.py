@@ -1718,7 +1718,9 @@ def evaluate(
 # sentence encoder with 22.7 M parameters and mean pooling, same choice of window. **Popularity** ranks
 # documents by how often training docstrings cite them. BM25's and MiniLM's ranks do not depend on anything
 # trained here; they are computed once on a CPU and committed (`make_baselines`), because neither package is
-# at hand on a GPU host.
+# at hand on a GPU host. One caveat: MiniLM reads 128 tokens, and its committed ranks were made when a longer
+# query was cut at the end instead of at the beginning, which spoils the window of 600 characters and hardly
+# touches the others. With MiniLM at hand, `zero_shot` computes them anew, as it does for the record.
 
 
 # %%
@@ -1974,7 +1976,10 @@ for c in contexts[:3]:
 #
 # In `gpu` the model has about 33 M parameters and reads about 16 M tokens of training docstrings before it
 # learns to cite. In `cpu` a committed model of about one million parameters is evaluated, which
-# `make_checkpoint` trained on one CPU core, without a language-model phase.
+# `make_checkpoint` trained on one CPU core, without a language-model phase. That is its weakness: at
+# $\tau=0.01$ the gradient of the contrastive loss is so much larger than that of the other one that joint
+# training from random weights learns to retrieve and hardly to write. Its language gate fails, and the
+# claims that need it are void in `cpu`.
 
 
 # %%
