@@ -45,6 +45,7 @@ out = ""  # folder for this run's files; "": build/paperbench/<profile>/live
 paperbench_dir = ""  # folder `data/` of the official repository; "": the cells that need it say so
 
 # %% tags=["hide-input"]
+import contextlib
 import dataclasses
 import functools
 import inspect
@@ -59,12 +60,12 @@ import socket
 import tempfile
 import time
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -90,7 +91,14 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, precision_recall_fscore_support
 
 # %% tags=["hide-input"]
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    AttentionInterface,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 from transformers.utils.logging import disable_progress_bar
 
 run = readrun.start(
@@ -198,7 +206,7 @@ SMALL = dict(layers=2, hidden=64, prefix=512, leaf=32, leaves=100, repeats=5, pa
 S = run.settings(
     smoke=dict(
         seeds=1, papers=PAPERS[:1], submissions=3, cheats=1, training=5, timeout=6.0, workers=1, trees=30,
-        attacks=["mtime", "identical", "own_log"], lm={}, lm_seeds=0, depths=[3], speed={},
+        attacks=["mtime", "nonce_echoed", "own_log"], lm={}, lm_seeds=0, depths=[3], speed={},
         prefix=dict(layers=1, hidden=32, prefix=64, leaf=16, leaves=4, repeats=3, pack=4),
     ),
     cpu=dict(
@@ -206,7 +214,7 @@ S = run.settings(
         attacks=[], lm={}, lm_seeds=0, depths=[1, 2, 3], speed={}, prefix=SMALL,
     ),
     gpu=dict(
-        seeds=1, papers=PAPERS, submissions=40, cheats=15, training=200, timeout=6.0, workers=14, trees=500,
+        seeds=1, papers=PAPERS, submissions=40, cheats=15, training=550, timeout=6.0, workers=14, trees=500,
         attacks=[], lm_seeds=3, depths=[1, 2, 3], prefix=SMALL,
         lm=dict(hidden=256, layers=6, mlp=704, vocab=4096, length=256, batch=256, steps=500, lr=6e-4),
         speed=dict(prefix=32768, short=8192, leaf=400, leaves=100, repeats=3, pack=10),
@@ -442,7 +450,7 @@ import time
 import task
 values = {values}
 for name in values:
-    print(f"{{name}}: data {data:.4f} value {{values[name]:.4f}}", flush=True)
+    print(f"{{name}}: data {data} value {{values[name]:.4f}}", flush=True)
 with open("results.json", "w") as file:
     json.dump({{"nonce": {nonce}, "values": values, "finished": time.time()}}, file)
 """
@@ -511,8 +519,11 @@ def forged(submission: "Submission") -> dict[str, str]:
     log = "".join(f"{n}: data {1234.5:.4f} value {v:.4f}\n" for n, v in values.items())
     found = {"results.json": json.dumps({"nonce": "0", "values": values}), "reproduce.log": log}
     if submission.behaviour in ("printed", "nonce_echo"):
-        nonce = "task.NONCE" if submission.behaviour == "nonce_echo" else "'0'"
-        return found | {"main.py": HARD_CODED.format(values=values, nonce=nonce, data=1234.5)}
+        echo = submission.behaviour == "nonce_echo"  # with the checksum of the run's data, never using them
+        nonce, data = (
+            ("task.NONCE", "{task.checksum(task.inputs(name)):.4f}") if echo else ("'0'", "1234.5000")
+        )
+        return found | {"main.py": HARD_CODED.format(values=values, nonce=nonce, data=data)}
     touched = "cp results.json copy && mv copy results.json\ncat reproduce.log\n"
     return found | {"reproduce.sh": touched if submission.behaviour == "touched" else "echo done\n"}
 
@@ -666,6 +677,9 @@ def simulate(submission: Submission, nonce: str) -> tuple[str, str]:
     if submission.behaviour in CHEATS:
         shipped, values = files["reproduce.log"], json.loads(files["results.json"])["values"]
         echoed = {"nonce": nonce if submission.behaviour == "nonce_echo" else "0", "values": values}
+        if submission.behaviour == "nonce_echo":
+            sums = {n: outcome(p, n, "correct", nonce)[3] for n in values}
+            shipped = "".join(f"{n}: data {sums[n]:.4f} value {v:.4f}\n" for n, v in values.items())
         if submission.behaviour in ("printed", "nonce_echo"):
             return shipped, json.dumps(echoed | {"finished": 0.0})
         return shipped if submission.behaviour == "touched" else "done\n", ""
@@ -703,7 +717,9 @@ def compose(paper: ToyPaper, count: int, seed: int, honest_runs: float = 0.45) -
 # 1. a file whose **content hash** differs from before the run, or that is new;
 # 2. the runner's own log, which is kept outside the folder;
 # 3. for a number: that the file names the **nonce** of this run, and that the number is what the data drawn
-#    from that nonce give.
+#    from that nonce give;
+# 4. for a line of the log: that it names the checksum of those data, and the value that the *submitted*
+#    function, called once more by the grader, gives on them (right or wrong).
 #
 # The official rule looks at modification times instead of hashes and has no nonce; below the difference is
 # measured. Code leaves are graded on the files from before the run, so that a script cannot improve its own
@@ -831,7 +847,7 @@ def visible_files(executed: bool, category: str, record: ReproRecord) -> list[Pa
 
 # %%
 def read_table(text: str, limit: int = 200_000) -> dict[str, Any]:
-    """A JSON object, strictly: no NaN, no infinity, no 1e999, no key twice.
+    """A JSON object, strictly: no NaN, no infinity, no 1e999, no integer of 400 digits, no key twice.
 
     Raises ValueError saying what is wrong.
     """
@@ -842,6 +858,10 @@ def read_table(text: str, limit: int = 200_000) -> dict[str, Any]:
     def number(text: str) -> float:
         return float(text) if math.isfinite(float(text)) else refuse(text)
 
+    def whole(text: str) -> int:
+        number(text)  # an integer beyond every float would stop the grader
+        return int(text)
+
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
         if len({key for key, _ in items}) < len(items):
             raise ValueError("a key stands twice")
@@ -850,7 +870,9 @@ def read_table(text: str, limit: int = 200_000) -> dict[str, Any]:
     if len(text) > limit:
         raise ValueError(f"more than {limit} characters")
     try:
-        found = json.loads(text, parse_constant=refuse, parse_float=number, object_pairs_hook=pairs)
+        found = json.loads(
+            text, parse_constant=refuse, parse_float=number, parse_int=whole, object_pairs_hook=pairs
+        )
     except RecursionError:
         raise ValueError("nested too deeply") from None
     if not isinstance(found, dict):
@@ -861,7 +883,8 @@ def read_table(text: str, limit: int = 200_000) -> dict[str, Any]:
 # %% [markdown]
 # Hidden tests ("probes") look at code leaves: the sandbox loads each function under a private name, calls it
 # on inputs drawn from the nonce, and sends back *what it returned*. Whether that is right is decided
-# outside, so that nothing in the submission's process can announce success.
+# outside, so that nothing in the submission's process can announce success. A second call, on the data of
+# the run itself, says which value its log must show.
 
 
 # %%
@@ -874,36 +897,49 @@ exec({task!r}, task)
 answer = {{}}
 for name in {names!r}:
     try:
-        args = task["inputs"](name, {nonce!r})
         spec = importlib.util.spec_from_file_location("_probed_" + name, name + ".py")
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        out = np.asarray(getattr(module, name)(*args), float)
+        out = np.asarray(getattr(module, name)(*task["inputs"](name, {hidden!r})), float)
         answer[name] = {{"shape": list(out.shape), "out": [float(x) for x in out.ravel()[:3000]]}}
+        args = task["inputs"](name, {nonce!r})
+        answer[name]["value"] = task["value"](name, getattr(module, name)(*args), args)
     except BaseException as error:
-        answer[name] = {{"error": type(error).__name__}}
+        answer.setdefault(name, {{"error": type(error).__name__}})
 """
 
 
-def run_probes(record: ReproRecord, paper: ToyPaper) -> dict[str, tuple[bool, bool]]:
-    """{component: (equals the reference, finite and of its shape)} on hidden inputs.
+class Probed(NamedTuple):
+    """What the hidden test of a function found."""
 
-    Nothing returned is a no.
-    """
+    equal: bool = False  # to the reference, on hidden inputs
+    fits: bool = False  # finite and of its shape
+    value: float | None = None  # on the run's own data: what its log has to say
+
+
+# %%
+def judge_answer(got: Any, want: np.ndarray) -> Probed:
+    """Compare what came back of one function with the reference's output; anything odd is a no."""
+    if not isinstance(got, dict) or not isinstance(got.get("out"), list):
+        return Probed()
+    numbers = [x for x in got["out"] if isinstance(x, float)]
+    fits = got.get("shape") == list(want.shape) and len(numbers) == min(want.size, 3000)
+    fits = fits and bool(np.isfinite(numbers).all())
+    equal = fits and bool(np.allclose(numbers, want.ravel()[:3000], rtol=1e-6, atol=1e-9))
+    value = got.get("value")
+    return Probed(equal, fits, value if isinstance(value, float) and math.isfinite(value) else None)
+
+
+def run_probes(record: ReproRecord, paper: ToyPaper) -> dict[str, Probed]:
+    """{component: what its hidden test found}. Nothing returned is a no."""
     hidden = f"{int(record.nonce, 16) ^ 0xABCDEF:x}"
-    code = PROBE.format(task=paper.task, names=paper.names, nonce=hidden)
+    code = PROBE.format(task=paper.task, names=paper.names, hidden=hidden, nonce=record.nonce)
     policy = sandbox.Policy("compute", preload=("numpy",), files=record.snapshot, answer="answer")
     answer = sandbox.run(code, policy, sandbox.Limits(time=5.0, output=2**22)).value
-    verdicts = {}
-    for name in paper.names:
-        got = answer.get(name, {}) if isinstance(answer, dict) else {}
-        want = outcome(paper, name, "correct", hidden)[0]
-        numbers = [x for x in got.get("out", []) if isinstance(x, float | int)]
-        fits = got.get("shape") == list(want.shape) and len(numbers) == min(want.size, 3000)
-        fits = fits and bool(np.isfinite(numbers).all())
-        equal = fits and np.allclose(numbers, want.ravel()[:3000], rtol=1e-6, atol=1e-9)
-        verdicts[name] = (bool(equal), fits)
-    return verdicts
+    got = answer if isinstance(answer, dict) else {}
+    return {
+        name: judge_answer(got.get(name), outcome(paper, name, "correct", hidden)[0]) for name in paper.names
+    }
 
 
 # %% [markdown]
@@ -931,7 +967,7 @@ class Evidence:
     log: str = ""
     results: str = ""
     check: Check | None = None
-    probes: Mapping[str, tuple[bool, bool]] = field(default_factory=dict)
+    probes: Mapping[str, Probed] = field(default_factory=dict)
     nonce: str = ""
     context: tuple[RubricNode, ...] = ()
 
@@ -988,19 +1024,19 @@ class MetricJudge:
         if check.kind == "exists":
             return graded_leaf(node, check.file in evidence.files, f"{check.file} exists or not")
         if check.kind == "probe":
-            return graded_leaf(
-                node, evidence.probes.get(check.component, (False, False))[check.what == "shape"]
-            )
+            return graded_leaf(node, evidence.probes.get(check.component, Probed())[check.what == "shape"])
         names = paper.names if check.what == "all" else [check.component]
         if check.kind == "log":
             return graded_leaf(node, all(self._logged(n, evidence) for n in names))
         return graded_leaf(node, self._agrees(check.component, evidence))
 
     def _logged(self, name: str, evidence: Evidence) -> bool:
-        found = re.search(rf"^{name}: data (\S+) value \S+$", evidence.log, re.M)
+        found = re.search(rf"^{name}: data (\S+) value (\S+)$", evidence.log, re.M)
         if not found or not self.strict:
             return bool(found)
-        return found[1] == f"{outcome(evidence.paper, name, 'correct', evidence.nonce)[3]:.4f}"
+        checksum = outcome(evidence.paper, name, "correct", evidence.nonce)[3]
+        value = evidence.probes.get(name, Probed()).value
+        return value is not None and found.groups() == (f"{checksum:.4f}", f"{value:.4f}")
 
     def _agrees(self, name: str, evidence: Evidence) -> bool:
         try:
@@ -1366,19 +1402,55 @@ print(
 # A rubric has hundreds of leaves, and a prompt has tens of thousands of tokens, nearly all the same for
 # every leaf. A causal model's keys and values of the shared **prefix** do not depend on what follows. So:
 # read the prefix once, keep its {term}`KV cache`, and let each leaf's few hundred tokens attend to it.
-# Several leaves go through the model as one row: a mask lets each see the prefix and itself, and position
-# ids start over behind the prefix.
+# Several leaves go through the model as one row: each sees the prefix and itself, and position ids start over
+# behind the prefix. A mask can say so, but flash attention, the fast kernel of a GPU, takes no mask. It does
+# not need one: every token sees the *whole* prefix, and its own leaf causally. Two unmasked calls give two
+# outputs $o_1,o_2$ with the logarithms $\ell_1,\ell_2$ of their softmax's denominators, and together
+#
+# $$
+# o=\frac{e^{\ell_1}o_1+e^{\ell_2}o_2}{e^{\ell_1}+e^{\ell_2}}=o_1+\sigma(\ell_2-\ell_1)\,(o_2-o_1),
+# $$
+#
+# with the logistic function $\sigma$.
+
+
+# %%
+def flash(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, causal: bool, scale: float | None):
+    """PyTorch's flash attention on (B, heads, length, d): (output, log of the softmax's denominator)."""
+    name = "_scaled_dot_product_flash_attention" + ("" if query.is_cuda else "_for_cpu")
+    return getattr(torch.ops.aten, name)(query, key, value, 0.0, causal, scale=scale)[:2]
+
+
+def attend_packed(
+    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any,
+    scaling: float | None = None, shared_prefix: int = 0, leaf_lengths: Sequence[int] = (), **_: Any,
+) -> tuple[torch.Tensor, None]:  # fmt: skip
+    """Attention of packed leaves (1, heads, tokens, d) to a shared prefix and, causally, each to itself."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(groups, 1) if groups > 1 else x for x in (key, value))
+    before, first = flash(query, key[:, :, :shared_prefix], value[:, :, :shared_prefix], False, scaling)
+    rows = [x[0].transpose(0, 1) for x in (query, key[:, :, shared_prefix:], value[:, :, shared_prefix:])]
+    pad = [torch.nn.utils.rnn.pad_sequence(x.split(list(leaf_lengths)), batch_first=True) for x in rows]
+    own, second = flash(*(x.transpose(1, 2) for x in pad), True, scaling)
+    sizes = torch.tensor(leaf_lengths, device=query.device)
+    kept = torch.arange(max(leaf_lengths), device=query.device) < sizes[:, None]
+    own, second = own.transpose(1, 2)[kept][None], second.transpose(1, 2)[kept][None]
+    before, first = before.transpose(1, 2), first.transpose(1, 2)
+    return before + ((second - first).sigmoid()[..., None] * (own - before)).to(before.dtype), None
 
 
 # %%
 class PrefixJudgeRunner:
     """Verdict logits of many leaves that share a prefix, with any `AutoModelForCausalLM`.
 
-    pack: how many leaves go through the model at once. `read` a prefix, then ask for `verdict_logits`.
+    pack: how many leaves go through the model at once. flash: whether two unmasked calls stand for the mask
+    (default: on a GPU in half precision). `read` a prefix, then ask for `verdict_logits`.
     """
 
-    def __init__(self, model: torch.nn.Module, pack: int = 8) -> None:
+    def __init__(self, model: torch.nn.Module, pack: int = 8, flash: bool | None = None) -> None:
         self.model, self.pack, self.device = model.eval(), pack, next(model.parameters()).device
+        half = next(model.parameters()).dtype in (torch.bfloat16, torch.float16)
+        self.flash = self.device.type == "cuda" and half if flash is None else flash
 
     @torch.inference_mode()
     def read(self, prefix: Sequence[int]) -> None:
@@ -1398,24 +1470,40 @@ class PrefixJudgeRunner:
         found = []
         for start in range(0, len(suffixes), self.pack):
             part = suffixes[start : start + self.pack]
-            owner = torch.tensor([i for i, s in enumerate(part) for _ in s], device=self.device)
             place = torch.tensor([self.length + j for s in part for j in range(len(s))], device=self.device)
-            own = (owner[:, None] == owner) & (place[:, None] >= place)
-            mask = torch.cat([own.new_ones(len(owner), self.length), own], 1)[None, None]
             last = torch.tensor([len(s) for s in part], device=self.device).cumsum(0) - 1
             ids = torch.tensor([[t for s in part for t in s]], device=self.device)
-            out = self.model(
-                input_ids=ids,
-                attention_mask=mask,
-                position_ids=place[None],
-                past_key_values=self.cache,
-                use_cache=True,
-                logits_to_keep=last,
-            )
+            with self._who_sees_whom(part, place) as layout:
+                out = self.model(
+                    input_ids=ids,
+                    position_ids=place[None],
+                    past_key_values=self.cache,
+                    use_cache=True,
+                    logits_to_keep=last,
+                    **layout,
+                )
             found.append(out.logits[0][:, list(answers)].float().cpu())
             for layer, (keys, values) in zip(self.cache.layers, self.kept, strict=True):
                 layer.keys, layer.values = keys, values  # forget the leaves
         return torch.cat(found)
+
+    @contextlib.contextmanager
+    def _who_sees_whom(self, part: Sequence[Sequence[int]], place: torch.Tensor) -> Iterator[dict[str, Any]]:
+        """Arguments that let each leaf see the prefix and itself: lengths for `attend_packed`, or a mask."""
+        lengths = [len(s) for s in part]
+        if not self.flash:
+            owner = torch.repeat_interleave(torch.tensor(lengths)).to(self.device)
+            own = (owner[:, None] == owner) & (place[:, None] >= place)
+            mask = torch.cat([own.new_ones(len(owner), self.length), own], 1)
+            yield {"attention_mask": mask[None, None]}
+            return
+        AttentionInterface.register("shared_prefix", attend_packed)
+        usual = self.model.config._attn_implementation
+        self.model.set_attn_implementation("shared_prefix")
+        try:
+            yield {"shared_prefix": self.length, "leaf_lengths": lengths}
+        finally:
+            self.model.set_attn_implementation(usual)
 
 
 # %%
@@ -1590,7 +1678,7 @@ def evidence_of(
 ) -> list[LEAF]:
     """(node, evidence) of every leaf of a submission."""
     tree, checks = toy_rubric(submission.paper)
-    files = submission.files()
+    files = {n: t for n, t in submission.files().items() if n.endswith(DOCS + SOURCES)}  # no shipped results
     return [
         (
             node,
@@ -1691,14 +1779,15 @@ if all_clean:
     cheats = [i for i, s in enumerate(SUBMISSIONS) if s.behaviour in CHEATS]
     for d in DEFENCES:
         inflation[d] = {i: scores_of(SUBMISSIONS[i], rows[d][i]) - EARNED[i] for i in cheats}
-    agreement = [
-        a == b for g, y in zip(rows["nonce"], GOLD, strict=True) for a, b in zip(g, y.values(), strict=True)
+    agreement = [  # by submission: the leaves of one are not independent
+        float(np.mean([a == b for a, b in zip(g, y.values(), strict=True)]))
+        for g, y in zip(rows["nonce"], GOLD, strict=True)
     ]
     honest = [i for i, s in enumerate(SUBMISSIONS) if s.behaviour in HONEST]
     honest_error = [scores_of(SUBMISSIONS[i], rows["nonce"][i]) - EARNED[i] for i in honest]
     for d in DEFENCES:
         print(f"{d:>10}: cheats gain {np.mean(list(inflation[d].values())) if cheats else 0:+.3f}")
-    print(f"labels and metric judge agree on {100 * np.mean(agreement):.2f} % of {len(agreement)} leaves")
+    print(f"labels and metric judge agree on {100 * np.mean(agreement):.2f} % of the leaves")
 
 # %% tags=["figure", "hide-input"]
 if inflation:
@@ -1747,6 +1836,12 @@ class Attack:
 def is_evidence(record: ReproRecord, name: str = "results.json") -> bool:
     """Whether a file would be shown to the judge of a Result leaf."""
     return record.folder / name in visible_files(True, RESULT, record)
+
+
+def hard_coded_counts(record: ReproRecord) -> bool:
+    """Whether the metric judge believes the number that a run left."""
+    seen = Evidence((), toy_paper("ridge"), {}, "", admitted("nonce", record)[1], nonce=record.nonce)
+    return MetricJudge()._agrees("standardise", seen)
 
 
 DEAD = ("timeout", "memory", "disk", "output", "processes", "killed", "error")
@@ -1803,6 +1898,14 @@ ATTACKS: dict[str, Attack] = {
         SHIPPED,
         lambda f: os.utime(f / "results.json", (2e9, 2e9)),
     ),
+    "mtime_past": Attack(
+        1,
+        "an old shipped result neither",
+        "true",
+        lambda r: not is_evidence(r),
+        SHIPPED,
+        lambda f: os.utime(f / "results.json", (1, 1)),
+    ),
     "identical": Attack(
         2,
         "touched or copied: same hash, no evidence",
@@ -1814,12 +1917,13 @@ ATTACKS: dict[str, Attack] = {
         3,
         "a printed number without nonce is no result",
         'echo \'{"values": {"standardise": 0.8}}\' > results.json',
-        lambda r: (
-            not MetricJudge()._agrees(
-                "standardise",
-                Evidence((), toy_paper("ridge"), {}, "", admitted("nonce", r)[1], nonce=r.nonce),
-            )
-        ),
+        lambda r: is_evidence(r) and not hard_coded_counts(r),
+    ),
+    "nonce_echoed": Attack(
+        3,
+        "nor is one that stands beside the right nonce",
+        'echo "{\\"nonce\\": \\"$NONCE\\", \\"values\\": {\\"standardise\\": 0.8}}" > results.json',
+        lambda r: r.nonce in admitted("nonce", r)[1] and not hard_coded_counts(r),
     ),
     "own_log": Attack(
         4,
@@ -1870,9 +1974,10 @@ ATTACKS |= {
     ),
     "devices": Attack(
         8,
-        "FIFOs, folders and sparse giants are skipped",
-        "mkfifo results.json; mkdir b.json; truncate -s 900G c.json; true",
-        lambda r: not {"results.json", "b.json"} & set(r.after) and _small(r.folder / "c.json"),
+        "FIFOs, sockets, folders and sparse giants are skipped",
+        "mkfifo results.json; mkdir b.json; truncate -s 900G c.json;"
+        "python -c 'import socket; socket.socket(socket.AF_UNIX).bind(\"d.json\")'; true",
+        lambda r: not {"results.json", "b.json", "d.json"} & {*r.after} and _small(r.folder / "c.json"),
     ),
 }
 
@@ -1957,7 +2062,9 @@ BAD_JSON = (
     '{"a": 1e999}',
     '{"a": -Infinity}',
     '{"a": 1, "a": 2}',
-    '{"a": ' * 10**5 + "1" + "}" * 10**5,
+    '{"a": ' * 10**6 + "1" + "}" * 10**6,
+    '{"a": ' + "[" * 90_000 + "]" * 90_000 + "}",
+    '{"a": 1' + "0" * 400 + "}",
     "[1]",
     "\x80\x04K*.",
     '{"a": 1',
@@ -1995,7 +2102,7 @@ def resists_shadows() -> bool:
         for name in ("json.py", "sitecustomize.py", "numpy.py", "task.py"):
             (folder / name).write_text(fake)
         record = run_reproduction(folder, 5.0, work=Path(scratch) / "work")
-        return [right for right, _ in run_probes(record, one.paper).values()] == [
+        return [probed.equal for probed in run_probes(record, one.paper).values()] == [
             True,
             False,
             False,
@@ -2221,6 +2328,7 @@ def train_lm(
     leaves, labels, _ = simulated(learn, training, 1)
     texts = [judge_prompt(leaf) for leaf in leaves]
     read = make_reader(texts[:: max(1, len(texts) // 20_000)], settings["vocab"], settings["length"])
+    cut = float(np.mean([bool((row != 0).all()) for row in read(texts[:2_000])[0]]))  # share of full rows
     model = TinyJudge(settings["vocab"], settings).to(run.device)
     loss = fit_judge(model, *read(texts), labels, settings)
 
@@ -2239,7 +2347,9 @@ def train_lm(
     seconds = (time.perf_counter() - began) / max(1, len(grades))
     known = pseudo_values(truth, scores(seen) >= threshold, groups).tolist()
     size = sum(p.numel() for p in model.parameters())
-    return dict(dev_f1=dev_f1, grades=grades, seen=known, parameters=size, seconds=seconds, loss=loss)
+    return dict(
+        dev_f1=dev_f1, grades=grades, seen=known, parameters=size, seconds=seconds, loss=loss, cut=cut
+    )
 
 
 # %%
@@ -2254,23 +2364,30 @@ JUDGES: dict[str, list[list[int]]] = {}
 graded_papers = [p for s in splits for p in s["test"]]
 order = [s for p in graded_papers for s in FIRST[p]]  # submissions in the order of the rotations
 labels_of = [list(gold(s).values()) for s in order]
-dev_f1: dict[str, float] = {}
+dev_f1: dict[str, list[float]] = {}  # of each text judge: macro F1 on the paper for choosing, by rotation
+by_rotation: dict[str, list[list[list[int]]]] = {}
 if all(u.done for u in judged):
     for name in ("random", "majority", "keyword", "linear"):
-        JUDGES[name] = [g for u in judged for g in u["grades"][name]]
-    dev_f1 = {name: float(np.mean([u["dev_f1"][name] for u in judged])) for name in ("keyword", "linear")}
+        by_rotation[name] = [u["grades"][name] for u in judged]
+    dev_f1 = {name: [u["dev_f1"][name] for u in judged] for name in ("keyword", "linear")}
 if S.lm and all(language[i, 0].done for i in range(len(splits))):
-    JUDGES["lm"] = [g for i in range(len(splits)) for g in language[i, 0]["grades"]]
-    dev_f1["lm"] = float(np.mean([language[i, 0]["dev_f1"] for i in range(len(splits))]))
+    by_rotation["lm"] = [language[i, 0]["grades"] for i in range(len(splits))]
+    dev_f1["lm"] = [language[i, 0]["dev_f1"] for i in range(len(splits))]
 if all_clean:
     JUDGES["metric"] = [g["nonce"] for p in graded_papers for g in clean[p]["grades"][: S.submissions]]
-chosen = max(dev_f1, key=dev_f1.get) if dev_f1 else ""
+# chosen in every rotation anew: its paper for choosing is graded in another one
+chosen = [max(dev_f1, key=lambda k: dev_f1[k][i]) for i in range(len(splits))] if dev_f1 else []
 if chosen:
-    JUDGES["text_judge"] = JUDGES[chosen]
-print(
-    f"macro F1 on the papers for choosing: { {k: round(v, 3) for k, v in dev_f1.items()} }; "
-    f"text_judge is {chosen!r}"
-)
+    by_rotation["text_judge"] = [by_rotation[name][i] for i, name in enumerate(chosen)]
+JUDGES = {name: [g for part in parts for g in part] for name, parts in by_rotation.items()} | JUDGES
+for name, values in dev_f1.items():
+    print(f"{name:>8}: macro F1 on the papers for choosing {' '.join(f'{v:.3f}' for v in values)}")
+print(f"text_judge, by rotation: {', '.join(chosen) or 'none'}")
+for (number, lm_seed), u in language.items():
+    if u.done and number == 0:
+        truth = [y for p in splits[0]["test"] for s in FIRST[p] for y in gold(s).values()]
+        found = pseudo_values(truth, [g for part in u["grades"] for g in part], [0] * len(truth))[0]
+        print(f"language model, first rotation, seed {lm_seed}: macro F1 {found:.3f}, {u['cut']:.3f} cut")
 
 
 # %%
@@ -2350,6 +2467,11 @@ pruned = (
     if all(u.done for u in judged)
     else {}
 )
+if truths:
+    level = float(np.mean(truths))
+    print(
+        f"a judge that always answers {level:.2f} errs by {np.mean(np.abs(np.subtract(truths, level))):.3f}"
+    )
 for name, values in pruned.items():
     print(
         f"{name:>8}: mean score {np.mean(values):.3f}, true {np.mean(truths):.3f}, mean absolute "
@@ -2502,8 +2624,9 @@ def prefix_speed(
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    runner.read(shared[: max(16, prefix // 8)])
+    runner.read(shared)  # once at full size: memory is allocated, kernels are chosen
     runner.verdict_logits(suffixes[:pack], (0, 1))
+    reread_logits(model, shared, suffixes[:1], (0, 1))
     for _ in range(repeats):
         began = clock()
         runner.read(shared)
@@ -2684,7 +2807,7 @@ if pruned:
     metrics["depth_signed_error"] = {name: v.tolist() for name, v in errors.items()}
     metrics["depth_abs_error"] = {name: np.abs(v).tolist() for name, v in errors.items()}
 if all_clean:
-    metrics["gold_agreement"] = {"toy_papers": [float(a) for a in agreement]}
+    metrics["gold_agreement"] = {"toy_papers": agreement}
     metrics["honest_error"] = {"nonce": honest_error}
     if all(inflation.values()):
         metrics["inflation"] = {d.replace(" ", "_"): list(v.values()) for d, v in inflation.items()}
@@ -2952,7 +3075,7 @@ if run.checkpoint:
     own = run.unit(own_judge, path=run.checkpoint, budget_tokens=4_000, leaves=4)
 else:
     save_small_judge(run.folder / "own_judge")
-    own = own_judge(str(run.folder / "own_judge"), 600, 2)
+    own = own_judge(str(run.folder / "own_judge"), 400, 2)
 print(
     f"{len(own['probabilities'])} leaves, {100 * own['shared']:.0f} % of each prompt shared, "
     f"accuracy {own['accuracy']:.2f}"
@@ -2962,7 +3085,8 @@ print("probabilities of 1:", " ".join(f"{p:.4f}" for p in own["probabilities"][:
 # %% [markdown]
 # ## Limits
 #
-# - Not here: the search of agent logs for forbidden addresses, frontier agents, human baselines, twelve-hour
+# - Not here: `git clean` of untracked files (the grader calls no git and unpacks no archive), the search of
+#   agent logs for forbidden addresses, frontier agents, human baselines, twelve-hour
 #   runs, the four retry environments (no network), a GPU inside the sandbox. The toy papers ask for five
 #   functions of a few lines.
 # - A probe that returns values can be passed by a submission that copies the reference; here that is what

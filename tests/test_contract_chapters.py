@@ -140,6 +140,22 @@ def test_paper_file_is_valid_with_a_headline(slug: str) -> None:
 
 
 @each
+def test_no_leaf_is_earned_for_nothing(slug: str) -> None:
+    """Tests that a rubric names assert something; a headline claim stands in a leaf, so that its failure costs."""
+    leaves = claims.load(slug).rubric.leaves()
+    for file, _, name in (test.partition("::") for leaf in leaves for test in leaf.tests):
+        body = ast.parse((paths.root() / file).read_text(encoding="utf-8")).body
+        (test,) = (node for node in body if isinstance(node, ast.FunctionDef) and node.name == name)
+        calls = [ast.unparse(node.func) for node in ast.walk(test) if isinstance(node, ast.Call)]
+        asserts = any(isinstance(node, ast.Assert) for node in ast.walk(test))
+        assert asserts or any("assert" in call or call == "pytest.raises" for call in calls), (
+            f"{file}::{name}"
+        )
+    paid = {claim for leaf in leaves for claim in leaf.claims}
+    assert {claim.id for claim in claims.load(slug).claims if claim.headline} <= paid
+
+
+@each
 def test_chapter_is_listed_among_the_papers(slug: str) -> None:
     paper, row = claims.load(slug), listed().get(slug)
     assert row, f"{slug} is not in data/chapters.yml"

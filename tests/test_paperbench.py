@@ -95,6 +95,39 @@ def test_simulated_run_is_the_real_run(tmp_path, behaviour) -> None:
 
 
 @isolated
+def test_a_cheat_that_knows_nonce_and_checksum_earns_nothing(tmp_path) -> None:
+    """It prints the checksum of the run's data beside numbers of the paper: only the code's value counts."""
+    s = q.Submission(ridge, ("correct", "mutant0", "stub0", "stub1", "readme"), "nonce_echo")
+    record = q.run_reproduction(s.write(tmp_path / "s"), 10.0, work=tmp_path / "w")
+    probes = q.run_probes(record, ridge)
+    sums = [q.outcome(ridge, n, "correct", record.nonce)[3] for n in ridge.names]
+    assert [line.split()[2] for line in record.log.splitlines()] == [f"{v:.4f}" for v in sums]
+    values = [
+        q.outcome(ridge, n, state, record.nonce)[1] for n, state in zip(ridge.names, s.states, strict=True)
+    ]
+    for probed, value in zip(probes.values(), values, strict=True):
+        assert probed.value == (None if value is None else pytest.approx(value))
+    leaves = q.evidence_of(s, *q.admitted("nonce", record), record.nonce, probes)
+    judge = q.MetricJudge()
+    assert {e.path: int(judge.grade_leaf(n, e).score) for n, e in leaves} == q.gold(s)
+
+
+HOSTILE_ANSWERS = [
+    None, 1, [], {}, {"out": 1}, {"out": [10**400], "shape": []}, {"out": [True], "shape": []},
+    {"out": ["1"], "shape": []}, {"out": [float("nan")], "shape": []}, {"out": [1.0], "shape": {}},
+    {"out": [1.0], "shape": [], "value": 10**400}, {"out": [1.0], "shape": [], "value": float("inf")},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("got", HOSTILE_ANSWERS, ids=range(len(HOSTILE_ANSWERS)))
+def test_a_hostile_answer_of_a_probe_is_a_no(got) -> None:
+    assert q.judge_answer(got, np.array(2.0)) == q.Probed(
+        False, "value" in (got or {}) if isinstance(got, dict) else False, None
+    )
+    assert q.judge_answer({"out": [2.0], "shape": [], "value": 3.0}, np.array(2.0)) == (True, True, 3.0)
+
+
+@isolated
 def test_defences_let_through_what_their_names_say(tmp_path) -> None:
     passes = {}
     for behaviour in q.CHEATS:
@@ -207,14 +240,14 @@ def test_attacks_work_where_nothing_defends(tmp_path, monkeypatch) -> None:
 # ---------------------------------------------------------------- tables, logs
 
 
-@pytest.mark.parametrize("text", q.BAD_JSON)
+@pytest.mark.parametrize("text", q.BAD_JSON, ids=range(len(q.BAD_JSON)))
 def test_hostile_json_is_refused(text) -> None:
     with pytest.raises(ValueError):
         q.read_table(text)
 
 
 @given(st.dictionaries(st.text(max_size=4), st.floats(allow_nan=False, allow_infinity=False), max_size=4))
-@settings(deadline=None)
+@settings(deadline=None, max_examples=30)
 def test_good_json_is_read(data) -> None:
     assert q.read_table(json.dumps(data)) == data
     with pytest.raises(ValueError, match="characters"):
@@ -428,7 +461,7 @@ def test_linear_judge_learns_what_can_be_seen() -> None:
 
 
 @given(st.lists(st.tuples(st.booleans(), st.booleans(), st.integers(0, 4)), min_size=2, max_size=60))
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 def test_judge_eval(rows) -> None:
     """Macro F1 from counts and from the table against scikit-learn's, pseudo-values against leaving out."""
     from sklearn.metrics import f1_score
@@ -489,8 +522,8 @@ def test_shared_prefix_gives_the_logits_of_the_whole_prompt(kind) -> None:
         rng.integers(0, 64, 40).tolist(),
         [rng.integers(0, 64, n).tolist() for n in (1, 7, 3, 12, 5)],
     )
-    for pack in (1, 2, 8):
-        runner = q.PrefixJudgeRunner(model, pack)
+    for pack, flash in ((1, False), (2, True), (8, False), (8, True)):
+        runner = q.PrefixJudgeRunner(model, pack, flash)
         runner.read(prefix)
         ours = runner.verdict_logits(suffixes, (3, 5))
         assert (ours - q.reread_logits(model, prefix, suffixes, (3, 5))).abs().max() < 1e-4
