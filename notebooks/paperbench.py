@@ -1440,6 +1440,27 @@ def attend_packed(
 
 
 # %%
+@contextlib.contextmanager
+def who_sees_whom(
+    model: torch.nn.Module, prefix: int, lengths: Sequence[int], flash: bool
+) -> Iterator[dict[str, Any]]:
+    """Arguments of `model` that let each leaf see the prefix and itself: for `attend_packed` or a mask."""
+    if not flash:
+        owner = torch.repeat_interleave(torch.tensor(lengths))
+        own = (owner[:, None] == owner) & torch.ones(len(owner), len(owner), dtype=torch.bool).tril()
+        mask = torch.cat([own.new_ones(len(owner), prefix), own], 1)
+        yield {"attention_mask": mask[None, None].to(model.device)}
+        return
+    AttentionInterface.register("shared_prefix", attend_packed)
+    usual = model.config._attn_implementation
+    model.set_attn_implementation("shared_prefix")
+    try:
+        yield {"shared_prefix": prefix, "leaf_lengths": lengths}
+    finally:
+        model.set_attn_implementation(usual)
+
+
+# %%
 class PrefixJudgeRunner:
     """Verdict logits of many leaves that share a prefix, with any `AutoModelForCausalLM`.
 
@@ -1470,40 +1491,17 @@ class PrefixJudgeRunner:
         found = []
         for start in range(0, len(suffixes), self.pack):
             part = suffixes[start : start + self.pack]
-            place = torch.tensor([self.length + j for s in part for j in range(len(s))], device=self.device)
-            last = torch.tensor([len(s) for s in part], device=self.device).cumsum(0) - 1
+            lengths = [len(s) for s in part]
+            last = torch.tensor(lengths, device=self.device).cumsum(0) - 1
             ids = torch.tensor([[t for s in part for t in s]], device=self.device)
-            with self._who_sees_whom(part, place) as layout:
-                out = self.model(
-                    input_ids=ids,
-                    position_ids=place[None],
-                    past_key_values=self.cache,
-                    use_cache=True,
-                    logits_to_keep=last,
-                    **layout,
-                )
+            place = torch.tensor([[self.length + j for n in lengths for j in range(n)]], device=self.device)
+            known = dict(past_key_values=self.cache, use_cache=True, logits_to_keep=last)
+            with who_sees_whom(self.model, self.length, lengths, self.flash) as layout:
+                out = self.model(input_ids=ids, position_ids=place, **known, **layout)
             found.append(out.logits[0][:, list(answers)].float().cpu())
             for layer, (keys, values) in zip(self.cache.layers, self.kept, strict=True):
                 layer.keys, layer.values = keys, values  # forget the leaves
         return torch.cat(found)
-
-    @contextlib.contextmanager
-    def _who_sees_whom(self, part: Sequence[Sequence[int]], place: torch.Tensor) -> Iterator[dict[str, Any]]:
-        """Arguments that let each leaf see the prefix and itself: lengths for `attend_packed`, or a mask."""
-        lengths = [len(s) for s in part]
-        if not self.flash:
-            owner = torch.repeat_interleave(torch.tensor(lengths)).to(self.device)
-            own = (owner[:, None] == owner) & (place[:, None] >= place)
-            mask = torch.cat([own.new_ones(len(owner), self.length), own], 1)
-            yield {"attention_mask": mask[None, None]}
-            return
-        AttentionInterface.register("shared_prefix", attend_packed)
-        usual = self.model.config._attn_implementation
-        self.model.set_attn_implementation("shared_prefix")
-        try:
-            yield {"shared_prefix": self.length, "leaf_lengths": lengths}
-        finally:
-            self.model.set_attn_implementation(usual)
 
 
 # %%
@@ -1833,6 +1831,7 @@ class Attack:
     build: Callable[[Path], Any] = lambda folder: None
 
 
+# %%
 def is_evidence(record: ReproRecord, name: str = "results.json") -> bool:
     """Whether a file would be shown to the judge of a Result leaf."""
     return record.folder / name in visible_files(True, RESULT, record)
@@ -1919,6 +1918,10 @@ ATTACKS: dict[str, Attack] = {
         'echo \'{"values": {"standardise": 0.8}}\' > results.json',
         lambda r: is_evidence(r) and not hard_coded_counts(r),
     ),
+}
+
+# %%
+ATTACKS |= {
     "nonce_echoed": Attack(
         3,
         "nor is one that stands beside the right nonce",

@@ -141,7 +141,7 @@ def test_paper_file_is_valid_with_a_headline(slug: str) -> None:
 
 @each
 def test_no_leaf_is_earned_for_nothing(slug: str) -> None:
-    """Tests that a rubric names assert something; a headline claim stands in a leaf, so that its failure costs."""
+    """Tests that a rubric names assert something; headline claims stand in leaves, so that failing costs."""
     leaves = claims.load(slug).rubric.leaves()
     for file, _, name in (test.partition("::") for leaf in leaves for test in leaf.tests):
         body = ast.parse((paths.root() / file).read_text(encoding="utf-8")).body
