@@ -1777,15 +1777,16 @@ if all_clean:
     cheats = [i for i, s in enumerate(SUBMISSIONS) if s.behaviour in CHEATS]
     for d in DEFENCES:
         inflation[d] = {i: scores_of(SUBMISSIONS[i], rows[d][i]) - EARNED[i] for i in cheats}
-    agreement = [  # by submission: the leaves of one are not independent
-        float(np.mean([a == b for a, b in zip(g, y.values(), strict=True)]))
-        for g, y in zip(rows["nonce"], GOLD, strict=True)
+    agreement = [  # of every leaf, with its submission: the leaves of one are not independent
+        (i, float(a == b))
+        for i, (g, y) in enumerate(zip(rows["nonce"], GOLD, strict=True))
+        for a, b in zip(g, y.values(), strict=True)
     ]
     honest = [i for i, s in enumerate(SUBMISSIONS) if s.behaviour in HONEST]
     honest_error = [scores_of(SUBMISSIONS[i], rows["nonce"][i]) - EARNED[i] for i in honest]
     for d in DEFENCES:
         print(f"{d:>10}: cheats gain {np.mean(list(inflation[d].values())) if cheats else 0:+.3f}")
-    print(f"labels and metric judge agree on {100 * np.mean(agreement):.2f} % of the leaves")
+    print(f"labels and metric judge agree on {100 * np.mean([a for _, a in agreement]):.2f} % of leaves")
 
 # %% tags=["figure", "hide-input"]
 if inflation:
@@ -2461,6 +2462,9 @@ plots.show(
 # ### Coarse rubrics
 #
 # The linear judge grades the same submissions with the rubric pruned: everything below a node at one look.
+# It was trained on single leaves, so a larger error at one look has two causes that this cannot tell apart:
+# coarseness, and text longer than any it has learnt from. A judge that always gives the mean score is the
+# sceptic's comparison.
 
 # %%
 DEPTHS = {"depth_1": "0", "depth_2": "1", "depth_3": "2", "full": "9"}
@@ -2810,7 +2814,7 @@ if pruned:
     metrics["depth_signed_error"] = {name: v.tolist() for name, v in errors.items()}
     metrics["depth_abs_error"] = {name: np.abs(v).tolist() for name, v in errors.items()}
 if all_clean:
-    metrics["gold_agreement"] = {"toy_papers": agreement}
+    metrics["gold_agreement"] = {"toy_papers": [a for _, a in agreement]}
     metrics["honest_error"] = {"nonce": honest_error}
     if all(inflation.values()):
         metrics["inflation"] = {d.replace(" ", "_"): list(v.values()) for d, v in inflation.items()}
@@ -2822,7 +2826,9 @@ if speeds and speeds[S.speed["prefix"]].done:
     long = speeds[S.speed["prefix"]]
     metrics["seconds_per_leaf"] = {"reuse": long["reuse"], "reread": long["reread"]}
     metrics["prefix_mfu"] = {"prefix": long["mfu"]}
-here = run.results(metrics, {"truths": np.array(truths), "papers": np.array(graded_papers)})
+arrays = {"truths": np.array(truths), "papers": np.array(graded_papers)}
+arrays["cluster/submission/gold_agreement"] = np.array([i for i, _ in agreement], int)
+here = run.results(metrics, arrays)
 shown = run.recorded() or here
 
 # %% [markdown]
