@@ -150,7 +150,7 @@ S = run.settings(
         seeds=3, world=dict(seed=0, n_conditions=24, n_findings=36, families=6),
         sizes={"32x2": [32, 2, 2, 6e-3]}, main="32x2", keep=["32x2"],
         base=dict(
-            facts=[600, 48], pool=10000, steps=750, batch=24, story=0.25, letters=False, moments=[0.5, 1.0],
+            facts=[500, 48], pool=8000, steps=600, batch=24, story=0.25, letters=False, moments=[0.5, 1.0],
         ),
         more=dict(medical=0, augmented=0, context=0, lr_factor=0.5, pool=4000),
         test=dict(n=320), rag=dict(ranks=[1, 5, 20, 100], fillers=100, items=160), attribution=16,
