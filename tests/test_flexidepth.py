@@ -438,7 +438,7 @@ def interpreted(test):
 def test_gemv_kernel() -> None:
     """Odd sizes, one and several rows, mask patterns; float64 reference; untouched canaries."""
     rng = torch.Generator().manual_seed(0)
-    for rows, n, k in ((1, 21, 37), (3, 19, 70), (8, 5, 33)):
+    for rows, n, k in ((1, 11, 37), (3, 19, 70)):
         x, w = torch.randn(rows, k, generator=rng), torch.randn(n, k, generator=rng)
         norm = torch.rand(k, generator=rng) + 0.5
         for pattern in ((torch.arange(rows) % 2 == 0), torch.zeros(rows, dtype=torch.bool)):
@@ -449,6 +449,9 @@ def test_gemv_kernel() -> None:
             expected = torch.where(pattern[:, None], y, torch.full_like(y, 7.0)).float()
             torch.testing.assert_close(out[:, :n], expected, rtol=1e-5, atol=1e-5)
             assert (out[:, n:] == 7).all() and (out[~pattern] == 7).all()
+            fresh = q.gemv_pred(x, w, pattern.to(torch.int8), torch.full((rows, n), 7.0))
+            plain = torch.where(pattern[:, None], (xd @ w.double().T).float(), torch.full((rows, n), 7.0))
+            torch.testing.assert_close(fresh, plain, rtol=1e-5, atol=1e-5)
 
 
 @interpreted
@@ -458,7 +461,7 @@ def test_ffn_or_adapter_kernel() -> None:
         d, f, a = 24, 40, 5
         w_in, w_out = torch.randn(2 * f + 2 * a, d, generator=rng), torch.randn(d, f + a, generator=rng)
         norm, h = torch.rand(d, generator=rng), torch.randn(rows, d, generator=rng)
-        for bits in range(2 if rows == 1 else 6):
+        for bits in range(2 if rows == 1 else 4):
             mask = torch.tensor([(bits + 3 * b) >> (b % 2) & 1 for b in range(rows)], dtype=torch.int8)
             gate = torch.rand(rows, generator=rng)
             y = h.double() / (h.double().square().mean(1, keepdim=True) + 1e-5).sqrt() * norm
@@ -523,7 +526,10 @@ def test_attention_kernel() -> None:
 
 @interpreted
 def test_kernels_carry_a_whole_step() -> None:
-    _, flexi = tiny(num_hidden_layers=2)
+    small = dict(
+        hidden_size=32, intermediate_size=32, num_attention_heads=4, num_key_value_heads=2, head_dim=8
+    )
+    _, flexi = tiny(num_hidden_layers=2, **small)
     ids = ids_of(1, 4)
     with torch.no_grad():
         expected = flexi(ids).logits[:, -1]
