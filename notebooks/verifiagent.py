@@ -169,7 +169,7 @@ S = run.settings(
     gpu=dict(
         seeds=3, size=dict(hidden_size=256, intermediate_size=1024, num_hidden_layers=6,
                            num_attention_heads=8, max_position_embeddings=768), vocab=2048,
-        backbone=dict(steps=6000, tokens=32768, lr=0.02, pool=4096, reuse=4, workers=12,
+        backbone=dict(steps=6000, tokens=32768, lr=0.02, pool=4096, reuse=2, workers=12,
                       from_checkpoint=False),  # 2e8 tokens
         length=48, items=300, samples=10, judged=3, batch=512, workers=12,
         arms=["verifiagent", "vanilla", "deductive", "backward", "no_meta", "no_tools", "gate"],
@@ -1745,12 +1745,19 @@ class Taxonomy:
     """
 
     TOPICS = ("noun.animal", "noun.plant", "noun.food", "noun.artifact")
+    UNWANTED = re.compile(  # drugs, arms, sex, punishment: nothing that a question needs
+        r"gallows|gibbet|guillotin|tortur|thumbscrew|gas cham|death|brothel|bordello|whore|porn|dildo|condom"
+        r"|contracept|pessary|diaphragm|bomb|weapon|grenade|cocaine|heroin|\bcrack$|opiate|opium|morphine"
+        r"|hashish|cannabis|marijuana|amphetamine|hallucinogen|narcotic|slave|bitch|jackass|\btits?$"
+        r"|\bcock$|booby|dung|turd|lynch|noose|enema"
+    )
 
     def __init__(self) -> None:
         found = [s for topic in self.TOPICS for s in wordnet.all_synsets(topic) if not s.is_instance]
         count = collections.Counter(s.lemmas[0] for s in found)
         clear = re.compile(r"(?=.{3,15}$)[a-z]+( [a-z]+)?")
         kept = {s for s in found if count[s.lemmas[0]] == 1 and clear.fullmatch(s.lemmas[0]) and s.hypernyms}
+        kept = {s for s in kept if not self.UNWANTED.search(s.lemmas[0])}
         self.up = {s.lemmas[0]: s.hypernyms[0].lemmas[0] for s in kept if s.hypernyms[0] in kept}
         self.gloss = {s.lemmas[0]: s.definition for s in kept}
         self.above = {s.lemmas[0]: {a.lemmas[0] for a in s.ancestors} for s in kept if s.lemmas[0] in self.up}
@@ -1778,6 +1785,11 @@ class Taxonomy:
                 return None
             names.append(parent)
         return names
+
+    def siblings(self, chain: Sequence[str]) -> list[str]:
+        """Names beside the chain's end that are not above its start, of the same half of the split."""
+        beside, half = self.below[self.up[chain[-1]]], self.cut[chain[0]]
+        return [n for n in beside if n not in self.above[chain[0]] and self.cut[n] is half and n != chain[-1]]
 
     def passage(self, name: str) -> str:
         """What a search can find under this name: the hypernym sentence, then the gloss."""
@@ -1818,7 +1830,7 @@ def fact_chain(
     chain = tax.chain(tax.names[test][rng.integers(len(tax.names[test]))], hops)
     if chain is None or chain[-1] not in tax.up:
         return None
-    siblings = [n for n in tax.below[tax.up[chain[-1]]] if n not in chain and n not in tax.above[chain[0]]]
+    siblings = tax.siblings(chain)
     if not siblings:
         return None
     return chain, chain[-1] if rng.random() < 0.5 else str(siblings[rng.integers(len(siblings))])
@@ -2008,7 +2020,7 @@ def fault_fact(item: Item, fault: str, rng: np.random.Generator):
         marks[hops] = False
         return [*lines[:hops], *(step_text(*x) for x in done)], marks, str(done[-1][3])
     true = chain[-1] == target
-    siblings = [n for n in tax.below[tax.up[chain[-1]]] if n not in chain and n not in tax.above[chain[0]]]
+    siblings = tax.siblings(chain)
     wrong = str(siblings[rng.integers(len(siblings))]) if true else target
     lines[hops - 1] = is_a([*chain[:-2], chain[-2], wrong])[-1]
     marks[hops - 1] = False
@@ -2091,10 +2103,10 @@ tables.grid(
 # check.
 # :::
 #
-# Two sizes exist. The `gpu` profile trains 6.5 M parameters on 2·10⁸ tokens. The committed one of `smoke` and
-# `cpu` has 1 M parameters and has read 8·10⁶ tokens on one CPU core: it keeps the protocol, but its
-# translations are mostly wrong, it fails the competence gate, and with it the verdicts of this machine's
-# run are void. It shows that everything works, and nothing about verification.
+# Two sizes exist: the `gpu` profile trains the larger one, a smaller one is committed for `smoke` and `cpu`.
+# What a backbone must be able to do before its verdicts mean anything stands in the competence gates; where
+# this run's backbone fails one, this run's verdicts are void, and it shows that everything works and nothing
+# about verification. The cell after the experiment prints its scores.
 #
 # One detail of the training text matters. In a third of the agent's conversations the marks of its meta
 # report are wrong (and not learned): otherwise the model would read its verdict off its own marks and never
@@ -2231,7 +2243,7 @@ def make_example(rng: np.random.Generator, length: int) -> list[tuple[str, bool]
         use_meta = u < 0.58
         return agent_example(candidate, rng, length, use_meta, not use_meta)
     roles = ("solve", "revise", "judge", "check", "backward")
-    return plain_example(str(rng.choice(roles, p=[0.45, 0.15, 0.15, 0.15, 0.1])), candidate, rng)
+    return plain_example(str(rng.choice(roles, p=[0.4, 0.15, 0.2, 0.15, 0.1])), candidate, rng)
 
 
 # %% tags=["hide-input"]
@@ -2455,6 +2467,16 @@ def tool_answer(verdict: Verdict) -> str:
     return verdict.claimed
 
 
+def tools_decide(item: Item, verdict: Verdict) -> bool:
+    """Whether what the tools returned decides the question: a program, or every passage that it takes.
+
+    After searches the agent states the answer itself and may have copied the candidate's.
+    """
+    seen = [turn.observed.lower() for turn in verdict.trace]
+    passages = all(any(t.startswith(f"{fact}.") for t in seen) for _, fact in item.searches)
+    return bool(verdict.calls) and (bool(item.program) or passages)
+
+
 # %%
 def sample_solutions(saved, size: dict, items: int, samples: int, seed: int, batch: int) -> dict[str, Any]:
     """`samples` solutions to every test question at temperature 1: texts__<kind>, tokens__<kind>."""
@@ -2523,6 +2545,7 @@ def report_of(candidates: Sequence[Candidate], verdicts: Sequence[Verdict], trac
         "v": np.array([math.nan if v.v_score is None else v.v_score for v in verdicts]),
         "tokens": np.array([total(v.usage) for v in verdicts]),
         "tool_right": np.array([same_answer(tool_answer(v), c.item.answer) for c, v in pairs]),
+        "decided": np.array([tools_decide(c.item, v) for c, v in pairs]),
         "first_right": np.array([f == TOOL_OF[k] for f, k in zip(first, kinds, strict=True)]),
         "two_tools": np.array([len(set(v.calls)) > 1 for v in verdicts]),
         "faults": [c.fault for c in candidates],
@@ -2795,6 +2818,7 @@ def pooled(source: str, arm: str, kinds: Sequence[str]) -> dict[str, np.ndarray]
             "v",
             "tokens",
             "tool_right",
+            "decided",
             "first_right",
             "two_tools",
         )
@@ -2926,7 +2950,8 @@ def gather_rest(metrics: dict, arrays: dict) -> None:
         metrics["first_tool_right"] = {"verifiagent": part["first_right"][~hybrid].astype(float).tolist()}
         metrics["hybrid_two_tools"] = {"verifiagent": part["two_tools"][hybrid].astype(float).tolist()}
         metrics["coverage"] = {"verifiagent": (part["verdict"] >= 0).astype(float).tolist()}
-        metrics["tool_right"] = {"verifiagent": part["tool_right"][~hybrid].astype(float).tolist()}
+        shown = (part["tool_right"] & part["decided"])[~hybrid]
+        metrics["tool_right"] = {"verifiagent": shown.astype(float).tolist()}
         theirs = [pooled("injected", arm, KINDS) for arm in BASELINES]
         covered = [(p["verdict"] >= 0).astype(float) for p in theirs if p is not None]
         if covered:
@@ -2962,6 +2987,12 @@ here = run.results(metrics=metrics, arrays=arrays)
 book = run.recorded()
 shown = book or here
 print(f"{len(metrics)} metrics; backbone of the figures of this run: {here.arrays['backbone'][0]}")
+GATES = {"coverage": 0.9, "tool_right": 0.6}  # bounds as in the rules; the verdicts use intervals
+for name, bound in GATES.items():
+    for arm, values in metrics.get(name, {}).items():
+        print(f"gate {name}, {arm}: {np.mean(values):.3f} (bound {bound})")
+if skill := metrics.get("balanced_injected", {}).get("vanilla"):
+    print(f"gate balanced accuracy of vanilla: {np.mean(skill):.3f} (bound 0.5)")
 
 # %% [markdown]
 # ### One verification, turn by turn
@@ -3467,7 +3498,8 @@ else:
     print("not shown here: needs the package openai (pip install openai) and a sandbox")
 
 # %% [markdown]
-# The committed backbone was made with the same definitions, in about a quarter of an hour on one CPU core:
+# The committed backbone was made with the same definitions. On a GPU add `device='cuda'` and more `steps`,
+# `tokens` per step and `workers` that generate text.
 #
 # ```
 # python -c "import readrun;
@@ -3476,12 +3508,14 @@ else:
 
 
 # %%
-def make_checkpoint(folder: str, steps: int = 4000, seed: int = 0, **watch: Any) -> None:
-    """Train and save (float16) the small backbone of `smoke` and `cpu`, on the CPU."""
+def make_checkpoint(
+    folder: str, steps: int = 4000, seed: int = 0, device: str = "cpu", tokens: int = 2048, **more: Any
+) -> None:
+    """Train and save (float16) the small backbone of `smoke` and `cpu`. more: pool, reuse, workers, watch."""
     tokenizer = train_tokenizer(texts_of(examples_of(0, 4000, 48)), 1024)
-    model = make_model(SMALL, tokenizer, seed)
-    pretrain(model, tokenizer, steps, 2048, 0.02, seed, 48, **watch)
-    model.half().save_pretrained(folder)
+    model = make_model(SMALL, tokenizer, seed).to(device)
+    pretrain(model, tokenizer, steps, tokens, 0.02, seed, 48, **more)
+    model.half().cpu().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 

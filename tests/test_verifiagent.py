@@ -174,8 +174,17 @@ def test_training_and_test_share_nothing() -> None:
     for test in (True, False):  # few numbers are drawn: that none is shared must not be luck
         for item in q.make_items("math", 60, 3, test=test):
             assert (q.stable(f"{item.objective}{item.extra[1]}") == 0) is test
-    for item in q.make_items("commonsense", 50, 3):
-        assert all(q.taxonomy().cut[name] is True for name in item.extra[0])
+    for item in q.make_items("commonsense", 50, 3) + q.make_items("hybrid", 50, 3):
+        assert all(q.taxonomy().cut[name] is True for name in (*item.extra[0], item.extra[1]))
+    assert not [n for n in q.taxonomy().up if q.Taxonomy.UNWANTED.search(n)]
+
+
+def test_searches_count_only_with_the_passages_that_decide() -> None:
+    item = q.make_items("commonsense", 1, 3)[0]
+    turns = tuple(q.Turn("", None, text) for text in q.observations(item, 48))
+    assert q.tools_decide(item, q.Verdict(True, trace=turns, calls=("search",)))
+    assert not q.tools_decide(item, q.Verdict(True, trace=turns[:-1], calls=("search",)))
+    assert not q.tools_decide(item, q.Verdict(True))
 
 
 @pytest.mark.parametrize("kind", ["math", "logic", "commonsense", "hybrid"])
