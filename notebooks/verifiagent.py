@@ -2950,7 +2950,7 @@ def gather_rest(metrics: dict, arrays: dict) -> None:
         metrics["first_tool_right"] = {"verifiagent": part["first_right"][~hybrid].astype(float).tolist()}
         metrics["hybrid_two_tools"] = {"verifiagent": part["two_tools"][hybrid].astype(float).tolist()}
         metrics["coverage"] = {"verifiagent": (part["verdict"] >= 0).astype(float).tolist()}
-        shown = (part["tool_right"] & part["decided"])[~hybrid]
+        shown = (part["tool_right"].astype(bool) & part["decided"].astype(bool))[~hybrid]
         metrics["tool_right"] = {"verifiagent": shown.astype(float).tolist()}
         theirs = [pooled("injected", arm, KINDS) for arm in BASELINES]
         covered = [(p["verdict"] >= 0).astype(float) for p in theirs if p is not None]
