@@ -1738,6 +1738,15 @@ def article(name: str) -> str:
 
 
 # %% tags=["hide-input"]
+UNWANTED = re.compile(  # drugs, arms, sex, punishment: nothing that a question needs
+    r"gallows|gibbet|guillotin|tortur|thumbscrew|gas cham|death|brothel|bordello|whore|porn|dildo|condom"
+    r"|contracept|pessary|diaphragm|bomb|weapon|grenade|cocaine|heroin|\bcrack$|opiate|opium|morphine"
+    r"|hashish|cannabis|marijuana|amphetamine|hallucinogen|narcotic|slave|bitch|jackass|\btits?$"
+    r"|\bcock$|booby|dung|turd|lynch|noose|enema"
+)
+
+
+# %% tags=["hide-input"]
 class Taxonomy:
     """The part of WordNet that the questions are about: names that mean one thing, and what is above them.
 
@@ -1745,19 +1754,13 @@ class Taxonomy:
     """
 
     TOPICS = ("noun.animal", "noun.plant", "noun.food", "noun.artifact")
-    UNWANTED = re.compile(  # drugs, arms, sex, punishment: nothing that a question needs
-        r"gallows|gibbet|guillotin|tortur|thumbscrew|gas cham|death|brothel|bordello|whore|porn|dildo|condom"
-        r"|contracept|pessary|diaphragm|bomb|weapon|grenade|cocaine|heroin|\bcrack$|opiate|opium|morphine"
-        r"|hashish|cannabis|marijuana|amphetamine|hallucinogen|narcotic|slave|bitch|jackass|\btits?$"
-        r"|\bcock$|booby|dung|turd|lynch|noose|enema"
-    )
 
     def __init__(self) -> None:
         found = [s for topic in self.TOPICS for s in wordnet.all_synsets(topic) if not s.is_instance]
         count = collections.Counter(s.lemmas[0] for s in found)
         clear = re.compile(r"(?=.{3,15}$)[a-z]+( [a-z]+)?")
         kept = {s for s in found if count[s.lemmas[0]] == 1 and clear.fullmatch(s.lemmas[0]) and s.hypernyms}
-        kept = {s for s in kept if not self.UNWANTED.search(s.lemmas[0])}
+        kept = {s for s in kept if not UNWANTED.search(s.lemmas[0])}
         self.up = {s.lemmas[0]: s.hypernyms[0].lemmas[0] for s in kept if s.hypernyms[0] in kept}
         self.gloss = {s.lemmas[0]: s.definition for s in kept}
         self.above = {s.lemmas[0]: {a.lemmas[0] for a in s.ancestors} for s in kept if s.lemmas[0] in self.up}
@@ -1785,11 +1788,6 @@ class Taxonomy:
                 return None
             names.append(parent)
         return names
-
-    def siblings(self, chain: Sequence[str]) -> list[str]:
-        """Names beside the chain's end that are not above its start, of the same half of the split."""
-        beside, half = self.below[self.up[chain[-1]]], self.cut[chain[0]]
-        return [n for n in beside if n not in self.above[chain[0]] and self.cut[n] is half and n != chain[-1]]
 
     def passage(self, name: str) -> str:
         """What a search can find under this name: the hypernym sentence, then the gloss."""
@@ -1823,6 +1821,12 @@ def climb(tax: Taxonomy, name: str, target: str) -> list[tuple[str, str]]:
     return made
 
 
+def siblings(tax: Taxonomy, chain: Sequence[str]) -> list[str]:
+    """Names beside the chain's end that are not above its start, of the same half of the split."""
+    beside, half = tax.below[tax.up[chain[-1]]], tax.cut[chain[0]]
+    return [n for n in beside if n not in tax.above[chain[0]] and tax.cut[n] is half and n != chain[-1]]
+
+
 def fact_chain(
     rng: np.random.Generator, tax: Taxonomy, test: bool, hops: int
 ) -> tuple[list[str], str] | None:
@@ -1830,10 +1834,10 @@ def fact_chain(
     chain = tax.chain(tax.names[test][rng.integers(len(tax.names[test]))], hops)
     if chain is None or chain[-1] not in tax.up:
         return None
-    siblings = tax.siblings(chain)
-    if not siblings:
+    beside = siblings(tax, chain)
+    if not beside:
         return None
-    return chain, chain[-1] if rng.random() < 0.5 else str(siblings[rng.integers(len(siblings))])
+    return chain, chain[-1] if rng.random() < 0.5 else str(beside[rng.integers(len(beside))])
 
 
 # %% tags=["hide-input"]
@@ -2020,8 +2024,8 @@ def fault_fact(item: Item, fault: str, rng: np.random.Generator):
         marks[hops] = False
         return [*lines[:hops], *(step_text(*x) for x in done)], marks, str(done[-1][3])
     true = chain[-1] == target
-    siblings = tax.siblings(chain)
-    wrong = str(siblings[rng.integers(len(siblings))]) if true else target
+    beside = siblings(tax, chain)
+    wrong = str(beside[rng.integers(len(beside))]) if true else target
     lines[hops - 1] = is_a([*chain[:-2], chain[-2], wrong])[-1]
     marks[hops - 1] = False
     if item.kind == "commonsense":
@@ -2987,6 +2991,8 @@ here = run.results(metrics=metrics, arrays=arrays)
 book = run.recorded()
 shown = book or here
 print(f"{len(metrics)} metrics; backbone of the figures of this run: {here.arrays['backbone'][0]}")
+
+# %% tags=["hide-input"]
 GATES = {"coverage": 0.9, "tool_right": 0.6}  # bounds as in the rules; the verdicts use intervals
 for name, bound in GATES.items():
     for arm, values in metrics.get(name, {}).items():

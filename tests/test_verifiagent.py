@@ -176,7 +176,7 @@ def test_training_and_test_share_nothing() -> None:
             assert (q.stable(f"{item.objective}{item.extra[1]}") == 0) is test
     for item in q.make_items("commonsense", 50, 3) + q.make_items("hybrid", 50, 3):
         assert all(q.taxonomy().cut[name] is True for name in (*item.extra[0], item.extra[1]))
-    assert not [n for n in q.taxonomy().up if q.Taxonomy.UNWANTED.search(n)]
+    assert not [n for n in q.taxonomy().up if q.UNWANTED.search(n)]
 
 
 def test_searches_count_only_with_the_passages_that_decide() -> None:
