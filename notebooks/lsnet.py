@@ -1633,8 +1633,6 @@ def samples(call: Callable, inputs: list, repeats: int) -> np.ndarray:
 
 
 # %%
-
-
 def bench_ska(shape: list[int], tiles: Any, ska_settings: dict) -> dict[str, Any]:
     """Times (10 medians each, ms) in the better layout, copy bandwidth (GB/s), GB moved, extra memory."""
     cuda, batch, repeats = run.device == "cuda", ska_settings["batch"], ska_settings["repeats"]
@@ -2066,9 +2064,8 @@ plots.show(
     caption="Effective receptive field of one fresh mixer.",
 )
 
+
 # %% tags=["figure", "hide-input"]
-
-
 def draw_kernels(results):
     """The image, predicted kernels at six positions, and the fixed kernel of a depthwise convolution."""
     image, kernels = results.arrays["inside/image"], results.arrays["inside/kernels"][-1]
@@ -2151,9 +2148,8 @@ def ska_rows(results) -> list[dict]:
 
 tables.bench(ska_rows(shown))
 
+
 # %% tags=["figure", "hide-input"]
-
-
 def draw_roofline(results):
     """GB/s of SKA forward per shape and form, beside copy bandwidth."""
     figure, ax = plt.subplots(figsize=(7.2, 3.2))
@@ -2193,9 +2189,8 @@ def tile_rows(results) -> list[dict]:
 
 tables.grid(tile_rows(shown), "Tiles: (positions, kernels, VEC, warps).")
 
+
 # %% tags=["figure", "hide-input"]
-
-
 def draw_speed(results):
     """Images per second against GMAC: protocols A and B of these results, hollow: the paper's RTX 3090."""
     figure, ax = plt.subplots(figsize=(8.4, 4.4))

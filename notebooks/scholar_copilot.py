@@ -1305,9 +1305,8 @@ LOSSES: dict[str, dict[str, Any]] = {  # what an arm changes in `joint_loss`
     "lambda_10": {"lam": 10.0},
 }
 
+
 # %%
-
-
 def finetune(
     model, tok, corpus: Corpus, arm: str, recipe: dict, seed: int, coded: Sequence[dict] | None = None
 ) -> np.ndarray:
