@@ -106,7 +106,15 @@ def test_one_seed_has_no_band_and_shapes_must_fit() -> None:
     plt.close(figure)
 
 
-def test_show_carries_alt_text_and_stays_small(shown: list) -> None:
+@pytest.mark.parametrize("styled", [False, True])
+def test_show_carries_alt_text_and_stays_small(shown: list, styled: bool) -> None:
+    with plt.rc_context(matplotlib.rcParamsDefault):  # other tests of this process may have set a style
+        if styled:
+            plots.style()
+        _show_noise(shown)
+
+
+def _show_noise(shown: list) -> None:
     figure, ax = plt.subplots(figsize=(8, 5))
     ax.imshow(np.random.default_rng(0).random((400, 640, 3)))  # noise: the worst case for PNG
     plots.show(figure, alt="Noise", caption="A <b> caption")

@@ -15,6 +15,7 @@ from readrun import media
 PALETTE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555", "#000000"]
 LINES = ["-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), "-"]
 LIMIT = 60_000  # bytes of one picture inside a notebook
+SIZES = ((200, 256), (200, 64), (140, 48), (100, 24), (70, 12), (50, 12))  # (dpi, colours), sharp first
 
 
 def style() -> None:
@@ -68,7 +69,7 @@ def show(fig: Any, alt: str = "", caption: str = "") -> None:
 
     if not alt.strip():
         raise ValueError("show(fig, alt=...): alt text is required")
-    for dpi, colors in ((200, 256), (200, 64), (140, 48), (100, 24), (70, 12)):  # sharp first, small at last
+    for dpi, colors in SIZES:
         image, png = media.pixels(fig, dpi), io.BytesIO()
         image.quantize(colors, dither=0).save(png, "PNG", optimize=True)
         if png.tell() <= LIMIT:
