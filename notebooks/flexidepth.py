@@ -2864,6 +2864,9 @@ print(f"compact against masked: relative difference {own['gap']:.1e}")
 #
 # - The quality of the real Llama-3-8B is not shown: there are no such weights here. The model is small, its
 #   tasks are synthetic, and all seeds share one base model.
+# - The `cpu` profile proves nothing about the static baseline. With half of its router steps the two were
+#   level; the steps were doubled after that had been seen. Its base model also fails its gate, so that its
+#   verdicts are void. Only the recorded `gpu` run decides.
 # - Products of three digits and one digit have about 6 500 different training items: fewer than one would
 #   like.
 # - Times use forced masks, independent between tokens; real routes are correlated, which the last measurement
