@@ -19,11 +19,12 @@
 # [luoxuan-cs/Flexidepth](https://github.com/luoxuan-cs/Flexidepth).
 #
 # :::{admonition} The idea in three sentences
-# :class: tip A language model spends the same number of layers on copying a digit as on computing one.
-# FlexiDepth freezes a trained Llama and gives each layer of its upper half two small new parts: a *router*
-# that decides for every token whether the layer runs, and an *adapter*, a sixteenth as wide as the layer's
-# feed-forward network (FFN), that stands in where it does not. A token that skips a layer still leaves its
-# key and value there, so that later tokens can attend to it.
+# :class: tip
+# A language model spends the same number of layers on copying a digit as on computing one. FlexiDepth
+# freezes a trained Llama and gives each layer of its upper half two small new parts: a *router* that decides
+# for every token whether the layer runs, and an *adapter*, a sixteenth as wide as the layer's feed-forward
+# network (FFN), that stands in where it does not. A token that skips a layer still leaves its key and value
+# there, so that later tokens can attend to it.
 #
 # **You need to know** what a {term}`KV cache` is, and how to read an {term}`interval` over {term}`seed`s.
 # Symbols are in [Notation](../notation.md).
@@ -52,10 +53,7 @@ import hashlib
 import json
 import math
 import os
-import shutil
 import string
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -66,8 +64,9 @@ import numpy as np
 import readrun
 import torch
 import torch.nn.functional as F
+from IPython.display import display
 from readrun import bench as clock
-from readrun import corpus, decode, lm, picker, plots, tables, train
+from readrun import corpus, decode, lm, picker, plots, sanitizer, tables, train
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -91,10 +90,13 @@ set_verbosity_error()  # router tensors are loaded after transformers has seen t
 # for its key and value and for the adapter.
 
 # %% tags=["figure", "hide-input"]
-PARTS = {"query, output": (33.6, 0.0), "key, value": (8.4, 8.4), "FFN": (176.2, 0.0), "adapter": (0.0, 11.0)}
+WIDTH, INNER, HEAD, KV_HEADS, ADAPTER = 4096, 14336, 128, 8, 14336 // 16  # Llama-3-8B
+KV = 2e-6 * WIDTH * KV_HEADS * HEAD  # millions of multiply-adds per token
+PARTS = {"query, output": (2e-6 * WIDTH**2, 0.0), "key, value": (KV, KV),
+         "FFN": (3e-6 * WIDTH * INNER, 0.0), "adapter": (0.0, 3e-6 * WIDTH * ADAPTER)}  # fmt: skip
 figure, ax = plt.subplots(figsize=(7.0, 2.2))
 left = np.zeros(2)
-for (name, values), style in zip(PARTS.items(), plots.arms(list("abcd")).values(), strict=True):
+for (name, values), style in zip(PARTS.items(), plots.arms(list(PARTS)).values(), strict=True):
     ax.barh([0, 1], values, left=left, color=style["color"], label=name)
     left += values
 ax.set_yticks([0, 1], ["layer runs", "layer skipped"])
@@ -103,9 +105,10 @@ ax.legend(ncols=4, fontsize=9, loc="lower right")
 plots.label(ax, "multiply-adds per token and layer (millions)", "decision")
 plots.show(
     figure,
-    alt="Two bars of multiply-adds per token and layer. A layer that runs: 218 million, of which the FFN is "
-    "176. A skipped layer: 19 million, keys, values and adapter.",
-    caption="Llama-3-8B: a skipped layer costs a ninth. Its key and value are still written.",
+    alt=f"Two bars: a layer that runs costs {left[0]:.0f} million multiply-adds per token, of which "
+    f"the FFN is {PARTS['FFN'][0]:.0f}. A skipped layer: {left[1]:.0f} million, keys, values and adapter.",
+    caption=f"Llama-3-8B: a layer that runs costs {left[0] / left[1]:.0f} times as much as a skipped one. "
+    "Its key and value are written all the same. (The router's one to two million are not drawn.)",
 )
 
 # %% [markdown]
@@ -537,8 +540,8 @@ def use_kernels(x: Tensor) -> bool:
 
 # %%
 def gemv_kernel(
-    x, w, out, mask, gate, norm, n0, k0, n1, k1, tiles0, x_stride, w_stride, out_stride, eps,
-    B: "tl.constexpr", ROWS: "tl.constexpr", NORM: "tl.constexpr", GLU: "tl.constexpr",
+    x, w, out, mask, gate, norm, B, n0, k0, n1, k1, tiles0, x_stride, w_stride, out_stride, eps,
+    ROWS: "tl.constexpr", NORM: "tl.constexpr", GLU: "tl.constexpr",
     SCALED: "tl.constexpr", ADD: "tl.constexpr", BLOCK_N: "tl.constexpr", BLOCK_K: "tl.constexpr",
 ):  # fmt: skip
     """out[b, n] (+)= scale * f(W x_b): programs below tiles0 serve rows with mask 1, the others mask 0."""
@@ -602,8 +605,8 @@ def _launch_gemv(x, w, out, mask, widths: tuple[int, int, int, int], *, gate=Non
     block_n, block_k, warps, stages = blocks or BLOCKS["one" if rows == 1 else "few"]
     tiles0, tiles1 = -(-n0 // block_n), -(-n1 // block_n)
     compiled(gemv_kernel)[(tiles0 + tiles1,)](
-        x, w, out, mask, mask if gate is None else gate, w if norm is None else norm, n0, k0, n1, k1, tiles0,
-        x.stride(0), w.stride(0), out.stride(0), eps, B=rows, ROWS=1 if rows == 1 else 16,
+        x, w, out, mask, mask if gate is None else gate, w if norm is None else norm, rows, n0, k0, n1, k1,
+        tiles0, x.stride(0), w.stride(0), out.stride(0), eps, ROWS=1 if rows == 1 else 16,
         NORM=norm is not None, GLU=glu, SCALED=gate is not None, ADD=add, BLOCK_N=block_n, BLOCK_K=block_k,
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
@@ -611,15 +614,27 @@ def _launch_gemv(x, w, out, mask, widths: tuple[int, int, int, int], *, gate=Non
 
 
 # %%
+@functools.cache
+def fused(function: Callable) -> Callable:
+    """An elementwise function compiled into one kernel: its eager chain would write memory at every link."""
+    return torch.compile(function, dynamic=True)
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Llama's RMSNorm over the last axis, computed in float32."""
-    return (x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
+    """Llama's RMSNorm over the last axis."""
+    return F.rms_norm(x, x.shape[-1:], weight, eps)
+
+
+def glu(both: Tensor) -> Tensor:
+    """silu(gate) * up of both halves of the last axis."""
+    gate, up = both.chunk(2, -1)
+    return F.silu(gate) * up
 
 
 def swiglu(y: Tensor, both: Tensor) -> Tensor:
     """silu(gate y) * (up y) with both matrices stacked, (2 f, d)."""
-    gate, up = F.linear(y, both).chunk(2, -1)
-    return F.silu(gate) * up
+    made = F.linear(y, both)
+    return (fused(glu) if made.is_cuda else glu)(made)
 
 
 def gemv_pred(x: Tensor, w: Tensor, active: Tensor, out: Tensor, *, add: bool = False, norm=None,
@@ -643,16 +658,20 @@ def ffn_or_adapter(h: Tensor, inner: Tensor, w_in: Tensor, w_out: Tensor, norm: 
     """h (B, d) += g FFN(norm(h)) where mask, else (1 - g) adapter(norm(h)), in place; two launches.
 
     w_in (2 f + 2 a, d): gate and up of the FFN, then both of the adapter; w_out (d, f + a): their outputs
-    side by side; inner (B, f + a): scratch; mask (B,) int8, gate (B,) float32; f: width of the FFN.
+    side by side; inner (B, f + a): scratch; mask (B,) int8, gate (B,) float32; f: width of the FFN. Without
+    an adapter (a = 0) all rows must run.
     """
     d, a = len(w_out), w_out.shape[1] - f
     if use_kernels(h):
         blocks = blocks or (None, None)
         _launch_gemv(h, w_in, inner, mask, (f, d, a, d), norm=norm, eps=eps, glu=True, blocks=blocks[0])
-        return _launch_gemv(inner, w_out, h, mask, (d, f, d, a), gate=gate, add=True, blocks=blocks[1])
+        widths = (d, f, d if a else 0, a)
+        return _launch_gemv(inner, w_out, h, mask, widths, gate=gate, add=True, blocks=blocks[1])
     y, run, g = rms_norm(h, norm, eps), mask.bool()[:, None], gate[:, None].to(h.dtype)
-    return h.add_(torch.where(run, g * F.linear(swiglu(y, w_in[: 2 * f]), w_out[:, :f]),
-                              (1 - g) * F.linear(swiglu(y, w_in[2 * f :]), w_out[:, f:])))  # fmt: skip
+    part = g * F.linear(swiglu(y, w_in[: 2 * f]), w_out[:, :f])
+    if a:
+        part = torch.where(run, part, (1 - g) * F.linear(swiglu(y, w_in[2 * f :]), w_out[:, f:]))
+    return h.add_(part)
 
 
 # %% [markdown]
@@ -950,7 +969,9 @@ class StaticState:
         self.cos, self.sin = cos[0].float().contiguous(), sin[0].float().contiguous()
         self.lengths = torch.zeros(max_batch, dtype=torch.int32, device=self.device)
         self.every = torch.ones(max_batch, dtype=torch.int8, device=self.device)
+        self.full = torch.ones(max_batch, device=self.device)  # gates of a layer without a router
         self.length, self.batch, self.chunk = 0, 0, 256
+        self.kernel_rows = 8  # up to so many sequences the products run in our kernels, else in cuBLAS
         self.blocks: dict[str, Any] = {}
         self.attention: dict[str, int] = {}
         self.last_masks: list[Tensor] = []
@@ -1008,7 +1029,8 @@ class FlexiRuntime(StaticState):
         """`decode` without counting: what a CUDA graph captures. force: (routed layers, B) int8."""
         h = self.model.model.embed_tokens(ids)
         self.last_masks, forced = [], iter(() if force is None else force)
-        kind = one_layer if self.mode in ("dense", "predicated") and len(ids) <= 8 else many_layer
+        kernels = self.mode in ("dense", "predicated") and len(ids) <= self.kernel_rows
+        kind = one_layer if kernels else many_layer
         for i, w in enumerate(self.layers):
             h = kind(self, i, w, h, next(forced, None) if w.router else None)
         return self._logits(h)
@@ -1025,7 +1047,7 @@ def one_layer(rt: FlexiRuntime, i: int, w: Weights, h: Tensor, forced: Tensor | 
     size, every, free = len(h), rt.every[: len(h)], w.router is not None and rt.mode == "predicated"
     made = torch.empty(size, len(w.qkve), dtype=h.dtype, device=h.device)
     heads, dim, kv = rt.kv_heads, rt.dim, w.kv
-    norm, blocks = dict(norm=w.norm1, eps=rt.eps), rt.blocks
+    norm, blocks, w_in, w_out = dict(norm=w.norm1, eps=rt.eps), rt.blocks, w.w_in, w.w_out
     if free:
         gemv_pred(h, w.qkve[w.q :], every, made[:, w.q :], blocks=blocks.get("kv"), **norm)
         assert w.router is not None
@@ -1035,7 +1057,7 @@ def one_layer(rt: FlexiRuntime, i: int, w: Weights, h: Tensor, forced: Tensor | 
     else:
         rows = w.qkve[: w.q + 2 * kv]
         gemv_pred(h, rows, every, made[:, : len(rows)], blocks=blocks.get("qkv"), **norm)
-        gate, mask = torch.ones(size, device=h.device), every
+        gate, mask, w_in, w_out = rt.full[:size], every, w_in[: 2 * w.f], w_out[:, : w.f]
     k, v = (made[:, at : at + kv].unflatten(1, (heads, dim)) for at in (w.q, w.q + kv))
     cache = rt.cache[i][:, :size]
     write_kv(k, v, cache, rt.lengths[:size], rt.cos, rt.sin)
@@ -1044,9 +1066,9 @@ def one_layer(rt: FlexiRuntime, i: int, w: Weights, h: Tensor, forced: Tensor | 
     decode_attn_pred(q, cache, rt.lengths[:size], mask, rt.cos, rt.sin, found, chunk=rt.chunk,
                      **rt.attention)  # fmt: skip
     gemv_pred(found, w.o, mask, h, add=True, blocks=blocks.get("o"))
-    inner = torch.empty(size, w.w_out.shape[1], dtype=h.dtype, device=h.device)
+    inner = torch.empty(size, w_out.shape[1], dtype=h.dtype, device=h.device)
     both = (blocks.get("in"), blocks.get("out"))
-    return ffn_or_adapter(h, inner, w.w_in, w.w_out, w.norm2, mask, gate, w.f, rt.eps, both)
+    return ffn_or_adapter(h, inner, w_in, w_out, w.norm2, mask, gate, w.f, rt.eps, both)
 
 
 # %%
@@ -1055,7 +1077,7 @@ def many_layer(rt: FlexiRuntime, i: int, w: Weights, h: Tensor, forced: Tensor |
     size, kv, n = len(h), w.kv, rms_norm(h, w.norm1, rt.eps)
     free = w.router is not None and rt.mode != "dense"
     made = F.linear(n, w.qkve if free else w.qkve[: w.q + 2 * kv])
-    gate, mask = torch.ones(size, device=h.device), rt.every[:size]
+    gate, mask = rt.full[:size], rt.every[:size]
     if free:
         assert w.router is not None
         gate, mask = router_finish(made[:, w.q + 2 * kv :], *w.router, rt.eps, 0.5, forced)
@@ -1065,12 +1087,12 @@ def many_layer(rt: FlexiRuntime, i: int, w: Weights, h: Tensor, forced: Tensor |
     cache = rt.cache[i][:, :size]
     k, v = (t.unflatten(1, (rt.kv_heads, rt.dim)) for t in (k, v))
     write_kv(k, v, cache, rt.lengths[:size], rt.cos, rt.sin)
-    found = torch.zeros(size, w.q, dtype=h.dtype, device=h.device)
+    found = torch.empty(size, w.q, dtype=h.dtype, device=h.device)
     active = mask if rt.mode == "predicated" else rt.every[:size]
     decode_attn_pred(q.unflatten(1, shape), cache, rt.lengths[:size], active, rt.cos, rt.sin, found,
                      chunk=rt.chunk, **rt.attention)  # fmt: skip
-    run = mask.bool()[:, None]
-    h = torch.where(run, h + F.linear(found, w.o), h)
+    run, attended = mask.bool()[:, None], h + F.linear(found, w.o)
+    h = torch.where(run, attended, h) if free else attended
     y = rms_norm(h, w.norm2, rt.eps)
     ffn = F.linear(swiglu(y, w.w_in[: 2 * w.f]), w.w_out[:, : w.f])
     if not free:
@@ -1086,9 +1108,10 @@ def attend(rt: FlexiRuntime, i: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     cos, sin = (t[start : start + count][None, :, None] for t in (rt.cos, rt.sin))
     cache = rt.cache[i][:, :size, :, : start + count]
     shape = (size, count, rt.kv_heads, rt.dim)
-    cache[0, :, :, start:] = rotate(k.reshape(shape), cos, sin).transpose(1, 2)
+    turn = fused(rotate) if q.is_cuda else rotate
+    cache[0, :, :, start:] = turn(k.reshape(shape), cos, sin).transpose(1, 2)
     cache[1, :, :, start:] = v.reshape(shape).transpose(1, 2)
-    queries = rotate(q.unflatten(2, (rt.heads, rt.dim)), cos, sin).transpose(1, 2)
+    queries = turn(q.unflatten(2, (rt.heads, rt.dim)), cos, sin).transpose(1, 2)
     how: dict[str, Any] = dict(is_causal=True)
     if start:
         ahead = torch.arange(start + count, device=q.device) - start
@@ -1278,25 +1301,25 @@ def make_item(task: str, rng: np.random.Generator, shape: dict, split: str) -> I
         text, (head, tail) = prose_of(split), shape["prose"]
         at = int(rng.integers(len(text) - head - tail))
         return Item(task, text[at : at + head], text[at + head : at + head + tail], "p" * tail)
-    terms = rng.integers(shape["terms"][0], shape["terms"][1] + 1)
-    numbers = rng.integers(10, 100, terms if task == "add" else shape["numbers"]).tolist()
-    listed = " ".join(map(str, numbers))
-    word = "".join(rng.choice(list(string.ascii_lowercase), shape["letters"]))
     if task == "mul":
         low = 10 ** (shape["digits"] - 1)
         a, b = int(rng.integers(low, 10 * low)), int(rng.integers(2, 10))
         return Item(task, f"x {a}*{b}=", str(a * b), "m" * len(str(a * b)))
-    if task == "add":
-        return Item(
-            task, f"a {'+'.join(map(str, numbers))}=", str(sum(numbers)), "m" * len(str(sum(numbers)))
-        )
-    if task == "max":
-        return Item(task, f"m {listed}=", str(max(numbers)), "mm")
-    if task == "phrase":
+    if task in ("copy", "phrase"):
+        word = "".join(string.ascii_lowercase[i] for i in rng.integers(26, size=shape["letters"]))
+        if task == "copy":
+            return Item(task, f"c {word}=", word, "c" * len(word))
         kinds = "f" * len(BEFORE) + "c" * len(word) + "f" * len(AFTER)
         return Item(task, f"p {word}=", BEFORE + word + AFTER, kinds)
-    given = listed if task == "repeat" else word
-    return Item(task, f"{'r' if task == 'repeat' else 'c'} {given}=", given, "c" * len(given))
+    count = rng.integers(shape["terms"][0], shape["terms"][1] + 1) if task == "add" else shape["numbers"]
+    numbers = rng.integers(10, 100, count).tolist()
+    listed = " ".join(map(str, numbers))
+    if task == "add":
+        total = str(sum(numbers))
+        return Item(task, f"a {'+'.join(map(str, numbers))}=", total, "m" * len(total))
+    if task == "max":
+        return Item(task, f"m {listed}=", str(max(numbers)), "mm")
+    return Item(task, f"r {listed}=", listed, "c" * len(listed))
 
 
 # %%
@@ -1722,7 +1745,8 @@ def shuffled_control(model, test: Batch, items: Sequence[Item]) -> dict[str, Any
     """Layers per item when the routers read other tokens' inputs."""
     for layer in routed(model):
         layer.shuffle = True
-    used = trace(model, test, rows=len(test.ids)).masks.sum(0).cpu().numpy()
+    below = len(model.model.layers) - len(routed(model))
+    used = below + trace(model, test, rows=len(test.ids)).masks.sum(0).cpu().numpy()
     for layer in routed(model):
         layer.shuffle = False
     return {"shuffled": layers_per_item(used, items).reshape(len(TASKS), -1).astype(np.float32)}
@@ -1755,8 +1779,9 @@ def tau_curve(model, items: Sequence[Item], evaluate: dict, taus: list) -> dict[
 # ### Training
 #
 # In order of importance: the base model; the price $\alpha$, chosen among three on a seed that is used for
-# nothing else (the smallest whose routers skip a quarter of the depth on validation items); then for every
-# seed the router and the trained baselines; then the ablations.
+# nothing else (the smallest whose routers skip 30 % of the depth on validation items: a little more than the
+# claim's quarter, which every seed has to reach); then for every seed the router and the trained baselines;
+# then the ablations.
 
 # %%
 TUNING_SEED = 1000
@@ -1777,11 +1802,12 @@ def choose_alpha(skips: dict[float, float], least: float) -> float:
 
 sweep = {}
 if len(S.alphas) > 1:
-    sweep = {a: run.unit(train_arm, arm="flexidepth", seed=TUNING_SEED, alpha=a, **common) for a in S.alphas}
+    plan = common | {"taus": []}
+    sweep = {a: run.unit(train_arm, arm="flexidepth", seed=TUNING_SEED, alpha=a, **plan) for a in S.alphas}
 ready = len(S.alphas) == 1 or all(unit.done for unit in sweep.values())
 alpha = S.alphas[0]
 if sweep and ready:
-    alpha = choose_alpha({a: u["validation_skip"] for a, u in sweep.items()}, size["depth"] / 4)
+    alpha = choose_alpha({a: u["validation_skip"] for a, u in sweep.items()}, 0.3 * size["depth"])
 trained: dict[tuple[str, int], readrun.Unit] = {}
 for arm in [*S.arms, *S.ablations] if ready else []:
     for s in run.seeds[: 1 if arm in S.ablations else None]:
@@ -1935,13 +1961,15 @@ def peer_step(model, cache: Tensor, ids: Tensor, ctx: int) -> Callable:
                          position_ids=positions).logits  # fmt: skip
 
 
-def try_all(makers: dict[str, Callable]) -> tuple[dict[str, Callable], dict[str, str]]:
-    """(captured calls, {name: error}): a peer that fails on this version must not end the measurement."""
+def try_all(makers: dict[str, Callable], graph: bool = True) -> tuple[dict[str, Callable], dict[str, str]]:
+    """(calls, captured if `graph`; {name: error}): a peer that fails on this version must not end all."""
     calls, errors = {}, {}
     for name, make in makers.items():
         try:
-            calls[name] = captured(make())
+            calls[name] = captured(make()) if graph else make()
+            calls[name]()
         except Exception as error:  # whatever a version of torch or transformers raises
+            calls.pop(name, None)
             errors[name] = f"{type(error).__name__}: {error}"[:300]
     return calls, errors
 
@@ -1985,8 +2013,9 @@ def bench(batch: int, ctx: int, speed: dict, tuned: Any = None,
           peers: bool = False, correlated: float = 0.0, model: Any = None) -> dict[str, Any]:  # fmt: skip
     """Milliseconds per decode step of several modes at one batch and context, and what was really skipped.
 
-    tuned: a `tune_kernels` unit (block sizes). peers: also transformers' model, eager and compiled, and the
-    masked model. Raises ValueError on a CPU unless speed["tiny"].
+    modes: of the runtime; "dense_cublas" is dense with all products in cuBLAS. tuned: a `tune_kernels` unit
+    (block sizes). peers: also transformers' model, eager and compiled, and the masked model. Raises
+    ValueError on a CPU unless speed["tiny"].
     """
     if run.device != "cuda" and not speed["tiny"]:
         raise ValueError(
@@ -1996,16 +2025,14 @@ def bench(batch: int, ctx: int, speed: dict, tuned: Any = None,
     rt = FlexiRuntime(model, batch, ctx)
     rt.cache.normal_()
     rt.lengths.fill_(ctx - 1)
-    if tuned is not None:
-        rt.blocks, rt.attention = use_tuned(tuned, batch)
-        rt.chunk = rt.attention.pop("chunk", rt.chunk)
+    use_tuned(rt, tuned, batch)
     ids, count = torch.randint(speed["vocab"], (batch,), device=run.device), len(routed(model))
     made, ran = {}, torch.zeros(2, device=run.device)
 
     def step_of(mode: str) -> Callable:
         def step() -> None:
-            rt.mode = mode
-            force = None if mode == "dense" else drawn_masks(count, batch, correlated)
+            rt.mode, rt.kernel_rows = mode.removesuffix("_cublas"), 0 if mode.endswith("_cublas") else 8
+            force = None if rt.mode == "dense" else drawn_masks(count, batch, correlated)
             made[mode] = rt.step(ids, force)
             if force is not None:
                 ran.add_(torch.stack([force.float().sum(), torch.full((), force.numel(), device=run.device)]))
@@ -2029,7 +2056,7 @@ def bench_prefill(batch: int, length: int, speed: dict) -> dict[str, Any]:
             "device: bench measures a GPU; on a CPU only a tiny model (speed['tiny']) is accepted"
         )
     model = speed_model(speed)
-    rt, count, plain = FlexiRuntime(model, batch, length), len(routed(model)), None
+    rt, count = FlexiRuntime(model, batch, length), len(routed(model))
     ids = torch.randint(speed["vocab"], (batch, length), device=run.device)
     shape, skipped = (count, batch, length), []
 
@@ -2040,16 +2067,24 @@ def bench_prefill(batch: int, length: int, speed: dict) -> dict[str, Any]:
         if force is not None:
             skipped.append(count * (1 - force.float().mean()))
 
-    plain = plain_of(model)
-    calls = {mode: functools.partial(call, mode) for mode in ("dense", "compact", "masked")}
-    calls["hf"] = lambda: plain(ids, use_cache=False, logits_to_keep=1)
+    def peer(compile_it: bool) -> Callable:
+        plain = plain_of(model)
+        for layer in plain.model.layers if compile_it else ():
+            layer.compile()  # no cache, so that one graph serves all layers
+        return lambda: plain(ids, use_cache=False, logits_to_keep=1)
+
+    makers = {
+        mode: lambda mode=mode: functools.partial(call, mode) for mode in ("dense", "compact", "masked")
+    }
+    makers |= {"hf": lambda: peer(False)} | (
+        {"hf_compiled": lambda: peer(True)} if run.device == "cuda" else {}
+    )
     with torch.no_grad():
+        calls, errors = try_all(makers, graph=False)
         times = take_turns(calls, max(3, speed["repeats"] // 4), max(1, speed["warmup"] // 5))
     moves = gather_share(rt, ids, count) if run.device == "cuda" else 0.0
-    return {f"ms__{k}": v for k, v in times.items()} | {
-        "skipped": float(torch.stack(skipped).mean()),
-        "gather_ms": moves,
-    }
+    found = {"skipped": float(torch.stack(skipped).mean()), "gather_ms": moves, "errors": errors}
+    return {f"ms__{k}": v for k, v in times.items()} | found
 
 
 def gather_share(rt: FlexiRuntime, ids: Tensor, count: int) -> float:
@@ -2069,9 +2104,9 @@ def gather_share(rt: FlexiRuntime, ids: Tensor, count: int) -> float:
 
 # %%
 @torch.no_grad()
-def same_outputs(speed: dict, length: int = 64) -> dict[str, Any]:
+def same_outputs(speed: dict, tuned: Any, length: int = 64) -> dict[str, Any]:
     """Norm of logit differences over norm, against the masked mode under the same masks: compact prefill, and
-    predicated decoding of one and of 16 sequences from the same prefix."""
+    predicated decoding of one and of 16 sequences from the same prefix, with the block sizes in use."""
     model, out = speed_model(speed), {}
     rt = FlexiRuntime(model, 16, length + 2)
     count, size = len(routed(model)), min(16, speed["batches"][-1])
@@ -2080,6 +2115,7 @@ def same_outputs(speed: dict, length: int = 64) -> dict[str, Any]:
         return ((a.float() - b.float()).norm() / b.float().norm()).item()
 
     for batch in (1, size):
+        use_tuned(rt, tuned, batch)
         ids = torch.randint(speed["vocab"], (batch, length + 1), device=run.device)
         force = (torch.rand(count, batch, length + 1, device=run.device) >= 0.5).to(torch.int8)
         logits: dict[str, list] = {}
@@ -2097,63 +2133,88 @@ def same_outputs(speed: dict, length: int = 64) -> dict[str, Any]:
 
 
 # %%
-def use_tuned(tuned: Any, batch: int) -> tuple[dict, dict]:
-    """(block sizes per product, options of attention) for a batch from a `tune_kernels` unit."""
-    rows = "one" if batch == 1 else "few"
-    blocks = {k.split("/")[1]: tuple(v) for k, v in tuned["blocks"].items() if k.startswith(rows)}
-    return blocks, dict(tuned["attention"])
+def use_tuned(rt: FlexiRuntime, tuned: Any, batch: int) -> None:
+    """Give a runtime the choices of a `tune_kernels` unit (None: none) for a number of sequences."""
+    rt.blocks, rt.attention, rt.chunk = {}, {}, 256
+    if tuned is not None:
+        rows = "one" if batch == 1 else "few"
+        rt.blocks = {k.split("/")[1]: tuple(v) for k, v in tuned["blocks"].items() if k.startswith(rows)}
+    if tuned is not None and batch > 8:  # chosen where many sequences fill the GPU; few need short chunks
+        rt.attention = dict(tuned["attention"])
+        rt.chunk = rt.attention.pop("chunk")
+
+
+def product(name: str, x: Tensor, out: Tensor, others: tuple, blocks: Any, w: Tensor) -> None:
+    """One matrix-vector product of a layer as `one_layer` launches it; others: mask, gate, norm."""
+    mask, gate, norm = others
+    if name == "in":  # norm and SwiGLU ride along
+        width = len(w) // 2
+        _launch_gemv(x, w, out, mask, (width, w.shape[1], 0, 0), norm=norm, eps=1e-5, glu=True, blocks=blocks)
+    elif name == "out":  # so do gate and residual
+        _launch_gemv(x, w, out, mask, (*w.shape, 0, 0), gate=gate, add=True, blocks=blocks)
+    elif name == "o":
+        gemv_pred(x, w, mask, out, add=True, blocks=blocks)
+    else:
+        gemv_pred(x, w, mask, out, norm=norm, eps=1e-5, blocks=blocks)
 
 
 # %%
 @torch.no_grad()
 def tune_kernels(speed: dict) -> dict[str, Any]:
-    """Best block sizes per product, its GB/s, and the attention kernel's, beside a copy's."""
+    """Best block sizes per product and attention; their GB/s, timed again; their error; a copy's GB/s."""
     d, f, kv = speed["width"], speed["ffn"], speed["kv_heads"] * (speed["width"] // speed["heads"])
-    kind = torch.bfloat16 if run.device == "cuda" else torch.float32
-    shapes = {
-        "kv": (2 * kv + d // 16, d),
-        "q": (d, d),
-        "qkv": (d + 2 * kv, d),
-        "o": (d, d),
-        "in": (2 * f, d),
-        "out": (d, f),
-    }
-    blocks, speeds, errors = {}, {}, {}
-    options: dict[str, Any] = dict(warmup=3, repeat=max(3, speed["repeats"] // 4))
-    ones = torch.ones(4, dtype=torch.int8, device=run.device)
+    cuda = run.device == "cuda"
+    kind = torch.bfloat16 if cuda else torch.float32
+    shapes = {"kv": (2 * kv + d // 16, d), "q": (d, d), "qkv": (d + 2 * kv, d), "o": (d, d)}
+    shapes |= {"in": (2 * f, d), "out": (d, f)} if cuda else {}
+    found: dict[str, Any] = {"blocks": {}, "gb_s": {}, "errors": {}}
+    repeat = max(3, speed["repeats"] // 4)
     for name, (n, k) in shapes.items():
         weights = [(w,) for (w,) in clock.rotate(torch.randn(n, k, device=run.device).to(kind))]
         for rows, count in (("one", 1), ("few", 4)):
-            x, out = (
-                torch.randn(count, k, device=run.device).to(kind),
-                torch.empty(count, n, device=run.device).to(kind),
+            x, norm = (torch.randn(*s, device=run.device).to(kind) for s in ((count, k), (k,)))
+            out = torch.zeros(count, n // 2 if name == "in" else n, device=run.device, dtype=kind)
+            mask = torch.ones(count, dtype=torch.int8, device=run.device)
+            others = mask, torch.ones(count, device=run.device), norm
+
+            def ms_of(blocks: Any) -> float:
+                call = functools.partial(product, name, x, out, others, blocks)  # noqa: B023
+                return clock.time(call, inputs=weights, warmup=3, repeat=repeat, device=run.device).median_ms  # noqa: B023
+
+            best = fastest(
+                ms_of, VARIANTS[rows] if cuda else VARIANTS[rows][:1], found["errors"], f"{rows}/{name}/"
             )
-            for variant in VARIANTS[rows] if run.device == "cuda" else VARIANTS[rows][:1]:
-                try:
-                    call = functools.partial(_one_gemv, x, out, ones[:count], variant)
-                    ms = clock.time(call, inputs=weights,
-                                    device=run.device, **options).median_ms  # fmt: skip
-                except Exception as error:  # a variant that does not compile here
-                    errors[f"{rows}/{name}/{variant}"] = f"{type(error).__name__}: {error}"[:200]
-                    continue
-                rate, key = 1e-6 * n * k * kind.itemsize / ms, f"{rows}/{name}"
-                if rate > speeds.get(key, 0.0):
-                    speeds[key], blocks[key] = rate, list(variant)
-    limits = (
-        clock.ceilings(run.device, kind) if not speed["tiny"] else {"copy_gb_s": 1.0, "matmul_tflop_s": 1.0}
-    )
-    found = tune_attention(speed, kind) | {"blocks": blocks, "gb_s": speeds, "errors": errors}
-    return found | limits
+            found["blocks"][f"{rows}/{name}"] = list(best)
+            found["gb_s"][f"{rows}/{name}"] = 1e-6 * n * k * kind.itemsize / ms_of(best)
+    found |= tune_attention(speed, kind, found["errors"])
+    shape = dict(d=d, f=f, heads=speed["heads"], kv_heads=speed["kv_heads"], ctx=speed["long"][1])
+    checks = []
+    for rows, count in (("one", 1), ("few", 4)):  # what will be timed is what is compared with float64
+        blocks = {k.split("/")[1]: tuple(v) for k, v in found["blocks"].items() if k.startswith(rows)}
+        how = dict(rows=count, device=run.device, blocks=blocks, attention=found["attention"])
+        checks.append(kernel_errors(**shape, **how))
+    found["error"] = max(v for check in checks for v in check.values())
+    return found | (clock.ceilings(run.device, kind) if cuda else {"copy_gb_s": 1.0, "matmul_tflop_s": 1.0})
 
 
-def _one_gemv(x: Tensor, out: Tensor, active: Tensor, variant: tuple, w: Tensor) -> None:
-    gemv_pred(x, w, active, out, blocks=variant)
+def fastest(ms_of: Callable, variants: Sequence[tuple], errors: dict, name: str) -> tuple:
+    """The variant with the least `ms_of`; what does not compile here goes to `errors`. RuntimeError: none."""
+    took = {}
+    for variant in variants:
+        try:
+            took[variant] = ms_of(variant)
+        except Exception as error:  # whatever a version of triton raises
+            errors[f"{name}{variant}"] = f"{type(error).__name__}: {error}"[:200]
+    if not took:
+        raise RuntimeError(f"no variant of {name} ran: {errors}")
+    return min(took, key=took.__getitem__)
 
 
 # %%
 @torch.no_grad()
-def tune_attention(speed: dict, kind: torch.dtype) -> dict[str, Any]:
-    """Best options of the attention kernel at the long batch; milliseconds with all and half of it active."""
+def tune_attention(speed: dict, kind: torch.dtype, errors: dict) -> dict[str, Any]:
+    """Best options of the attention kernel at the long batch; milliseconds with all and half of it active,
+    timed after the choice."""
     batch, ctx = speed["long"]
     heads, dim = speed["kv_heads"], speed["width"] // speed["heads"]
     cache = torch.randn(2, batch, heads, ctx, dim, device=run.device, dtype=kind)
@@ -2162,29 +2223,20 @@ def tune_attention(speed: dict, kind: torch.dtype) -> dict[str, Any]:
     lengths = torch.full((batch,), ctx - 1, dtype=torch.int32, device=run.device)
     every = torch.ones(batch, dtype=torch.int8, device=run.device)
     half = (torch.arange(batch, device=run.device) % 2).to(torch.int8)
-    out, best, errors = torch.zeros(batch, speed["heads"] * dim, device=run.device, dtype=kind), None, {}
+    out = torch.zeros(batch, speed["heads"] * dim, device=run.device, dtype=kind)
 
-    def ms_of(active: Tensor, variant: tuple) -> float:
+    def ms_of(variant: tuple, active: Tensor = every) -> float:
         block, chunk, warps = variant
         call = functools.partial(
             decode_attn_pred, q, cache, lengths, active, table, table, out, None, block, chunk, warps
-        )  # noqa: E731
+        )
         return clock.time(call, warmup=3, repeat=max(3, speed["repeats"] // 4), device=run.device).median_ms
 
     variants = [(64, 512, 4), (64, 1024, 4), (128, 512, 8), (32, 512, 4), (128, 1024, 4), (64, 256, 4)]
-    for variant in variants if run.device == "cuda" else variants[:1]:
-        try:
-            ms = ms_of(every, variant)
-        except Exception as error:  # a variant that does not compile here
-            errors[str(variant)] = f"{type(error).__name__}: {error}"[:200]
-            continue
-        best = (ms, variant) if best is None or ms < best[0] else best
-    if best is None:
-        raise RuntimeError(f"no variant of the attention kernel ran: {errors}")
-    block, chunk, warps = best[1]
-    return {"attention": dict(block=block, chunk=chunk, warps=warps), "attention_errors": errors,
-            "attention_ms": best[0], "attention_half_ms": ms_of(half, best[1]),
-            "attention_gb": 1e-9 * cache.nbytes}  # fmt: skip
+    best = fastest(ms_of, variants if run.device == "cuda" else variants[:1], errors, "attention/")
+    block, chunk, warps = best
+    return {"attention": dict(block=block, chunk=chunk, warps=warps), "attention_ms": ms_of(best),
+            "attention_half_ms": ms_of(best, half), "attention_gb": 1e-9 * cache.nbytes}  # fmt: skip
 
 
 # %%
@@ -2225,32 +2277,37 @@ def error_of(got: Tensor, expected: Tensor) -> float:
 
 
 @torch.no_grad()
-def kernel_errors(
-    d: int, f: int, heads: int, kv_heads: int, ctx: int, rows: int, device: str
-) -> dict[str, float]:
-    """Errors of every kernel at one model shape against float64, every other row active."""
+def kernel_errors(d: int, f: int, heads: int, kv_heads: int, ctx: int, rows: int, device: str,
+                  blocks: Any = None, attention: Any = None) -> dict[str, float]:  # fmt: skip
+    """Errors of every kernel at one model shape against float64, every other row active.
+
+    blocks, attention: block sizes per product and options of attention, as `tune_kernels` finds them.
+    """
+    blocks = blocks or {}
     kind, dim, a = torch.bfloat16 if device == "cuda" else torch.float32, d // heads, f // 16
     new = lambda *shape: (torch.randn(*shape, device=device) / shape[-1] ** 0.5).to(kind)  # noqa: E731
     x, norm = new(rows, d) * d**0.5, torch.rand(d, device=device).to(kind)
     active, out = (torch.arange(rows, device=device) % 2 == 0).to(torch.int8), {}
     run_rows, y = active.bool(), rms_norm(x.double(), norm.double(), 1e-5)
-    for name, n in (("q", d), ("kv", 2 * kv_heads * dim + d // 16)):
+    kv = 2 * kv_heads * dim
+    for name, n in (("q", d), ("kv", kv + d // 16), ("qkv", d + kv), ("o", d)):
         w, made = new(n, d), torch.zeros(rows, n, device=device, dtype=kind)
-        gemv_pred(x, w, active, made, norm=norm, eps=1e-5)
-        out[name] = error_of(made, (y @ w.double().T) * run_rows[:, None])
+        how = {} if name == "o" else dict(norm=norm, eps=1e-5)
+        gemv_pred(x, w, active, made, add=name == "o", blocks=blocks.get(name), **how)
+        out[name] = error_of(made, ((x.double() if name == "o" else y) @ w.double().T) * run_rows[:, None])
     w_in, w_out, gate = new(2 * f + 2 * a, d), new(d, f + a), torch.rand(rows, device=device)
     inner = torch.empty(rows, f + a, device=device, dtype=kind)
     ffn = swiglu(y, w_in[: 2 * f].double()) @ w_out[:, :f].double().T
     small = swiglu(y, w_in[2 * f :].double()) @ w_out[:, f:].double().T
     part = torch.where(run_rows[:, None], gate[:, None] * ffn, (1 - gate[:, None]) * small)
-    got = ffn_or_adapter(x.clone(), inner, w_in, w_out, norm, active, gate, f, 1e-5)
+    both = (blocks.get("in"), blocks.get("out"))
+    got = ffn_or_adapter(x.clone(), inner, w_in, w_out, norm, active, gate, f, 1e-5, both)
     out["ffn_or_adapter"] = error_of(got, x.double() + part)
     cache, query = new(2, rows, kv_heads, ctx, dim) * dim**0.5, new(rows, heads, dim) * dim**0.5
     lengths = torch.randint(ctx, (rows,), device=device, dtype=torch.int32)
     one, zero = torch.ones(ctx, dim, device=device), torch.zeros(ctx, dim, device=device)
-    got = decode_attn_pred(
-        query, cache, lengths, active, one, zero, torch.zeros(rows, d, device=device, dtype=kind)
-    )
+    empty = torch.zeros(rows, d, device=device, dtype=kind)
+    got = decode_attn_pred(query, cache, lengths, active, one, zero, empty, **(attention or {}))
     seen = (torch.arange(ctx, device=device) <= lengths[:, None])[:, None, None]
     k, v = (t.repeat_interleave(heads // kv_heads, 1).double() for t in cache)
     expected = F.scaled_dot_product_attention(query[:, :, None].double(), k, v, attn_mask=seen).flatten(1)
@@ -2269,29 +2326,27 @@ def check_kernels(speed: dict) -> dict[str, Any]:
         for rows in (1, 4, 8)
         for k, v in kernel_errors(**shape, ctx=speed["contexts"][0], rows=rows, device=run.device).items()
     }
-    tool, said = shutil.which("compute-sanitizer"), "not available"
-    if tool and run.device == "cuda":
-        code = (
-            "import readrun; q = readrun.chapter('flexidepth'); "
-            "print([q.kernel_errors(96, 144, 6, 2, 45, rows, 'cuda') for rows in (1, 3)])"
-        )
-        command = [tool, "--error-exitcode", "9", sys.executable, "-c", code]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=180, check=False)
-        lines = [line for line in (done.stdout + done.stderr).splitlines() if "ERROR SUMMARY" in line]
-        said = f"exit {done.returncode}: {lines[-1].strip('= ') if lines else 'no summary'}"
-    return {"errors": errors, "worst": max(errors.values()), "sanitizer": said}
+    code = (
+        "import readrun; q = readrun.chapter('flexidepth'); "
+        "print([q.kernel_errors(96, 144, 6, 2, 45, rows, 'cuda') for rows in (1, 3)])"
+    )
+    found = sanitizer.sanitize(code, run.device)
+    return {"errors": errors, "worst": max(errors.values()), "kernels": run.device == "cuda"} | {
+        f"sanitizer_{k}": v for k, v in found.items()
+    }
 
 
 checked = run.unit(check_kernels, speed=S.speed)
 if checked.done:
-    print(f"largest relative error {checked['worst']:.1e}; compute-sanitizer: {checked['sanitizer']}")
+    told = checked["sanitizer_why"] or f"{checked['sanitizer_errors']} errors"
+    print(f"largest relative error {checked['worst']:.1e}; compute-sanitizer: {told}")
 
 # %%
 tuned = run.unit(tune_kernels, speed=S.speed)
 timed = {
-    "same": run.unit(same_outputs, speed=S.speed),
+    "same": run.unit(same_outputs, speed=S.speed, tuned=tuned),
     "r1": run.unit(bench, batch=1, ctx=S.speed["contexts"][0], speed=S.speed, tuned=tuned,
-                   modes=["dense", "predicated", "masked"], peers=True),
+                   modes=["dense", "dense_cublas", "predicated", "masked"], peers=True),
     "r2": run.unit(bench, batch=S.speed["long"][0], ctx=S.speed["long"][1], speed=S.speed, tuned=tuned,
                    modes=["dense", "predicated", "masked"], peers=True),
     "r3": run.unit(bench_prefill, batch=S.speed["prefill"][0], length=S.speed["prefill"][1], speed=S.speed),
@@ -2341,13 +2396,14 @@ def gather_quality(metrics: dict, arrays: dict) -> None:
         static = curve[k - 1][1] if 1 <= k <= len(curve) else 1.0 if k == 0 else None
         if static is not None:
             metrics["retained"].setdefault("static", {})[s] = static
-    for a, unit in {
-        **{f"{a:g}": u for a, u in sweep.items() if u.done},
-        **{f"seed {s}": u for (arm, s), u in trained.items() if arm == "flexidepth"},
-    }.items():
-        if len(unit["curve"]):
-            points = [[r[0], retained(r[1:], base_now)] for r in unit["curve"]]
-            arrays[f"curve/flexidepth/{a}"] = np.array(points)
+    points = [
+        [u["skip"], retained(task_scores(u["exact"], u["nll"]), base_now)] for u in sweep.values() if u.done
+    ]
+    if points:
+        arrays["curve/alpha"] = np.array(points)
+    first = trained.get(("flexidepth", run.seeds[0]))
+    if first is not None and len(first["curve"]):
+        arrays["curve/tau"] = np.array([[r[0], retained(r[1:], base_now)] for r in first["curve"]])
 
 
 # %% tags=["hide-input"]
@@ -2392,8 +2448,11 @@ def gather_difficulty(metrics: dict, arrays: dict) -> None:
 # %% tags=["hide-input"]
 def gather_speed(metrics: dict, arrays: dict) -> None:
     """Add times, rates, differences and the predictions beside them."""
-    if checked.done:
-        metrics["kernel_error"] = {"worst": [checked["worst"]]}
+    if checked.done and tuned.done:
+        arm = "kernels" if checked["kernels"] else "references"  # on a CPU there is no kernel to judge
+        metrics["kernel_error"] = {arm: [max(checked["worst"], tuned["error"])]}
+    if checked.done and checked["sanitizer_errors"] is not None:
+        metrics["sanitizer_errors"] = {"kernels": [checked["sanitizer_errors"]]}
     if flops.done:
         metrics["flop_ratio"] = {"compact": [flops["counted"] / flops["formula"]]}
     if timed["same"].done:
@@ -2409,7 +2468,7 @@ def gather_speed(metrics: dict, arrays: dict) -> None:
             f"skipped/{name}": np.array(timed[name]["skipped"])
         }
         tokens = 1e3 * batch * (ctx if name == "r3" else 1)
-        rivals = [k for k in ("dense", "hf", "hf_compiled") if k in times]
+        rivals = [k for k in ("dense", "dense_cublas", "hf", "hf_compiled") if k in times]
         if not rivals:
             continue
         best = min(rivals, key=lambda k: np.median(times[k]))
@@ -2420,6 +2479,8 @@ def gather_speed(metrics: dict, arrays: dict) -> None:
         if name == "r1" and {"hf", "hf_masked"} <= times.keys():
             metrics["naive_speedup"] = {"masked": (times["hf"] / times["hf_masked"]).tolist()}
         arrays[f"best/{name}"] = np.array(best)
+        if "gather_ms" in timed[name]:
+            arrays["gather_ms"] = np.array(timed[name]["gather_ms"])
     if timed["sweep"].done:
         arrays["sweep"] = timed["sweep"]["rows"]
         for key, name in (("eight", "batch8"), ("correlated", "correlated")):
@@ -2437,6 +2498,7 @@ def gather_limits(metrics: dict, arrays: dict) -> None:
     if not tuned.done or S.speed["tiny"]:
         return
     copy_rate = tuned["copy_gb_s"]
+    arrays["ceilings"] = np.array([1e9 * copy_rate, 1e12 * tuned["matmul_tflop_s"]])  # bytes/s, operations/s
     large = {
         k: v / copy_rate for k, v in tuned["gb_s"].items() if k in ("one/q", "one/o", "one/in", "one/out")
     }
@@ -2527,7 +2589,7 @@ def draw_use(results):
         depth = results.arrays["influence"].size
         for task, row in zip(TASKS, use, strict=True):
             axes[0].plot(range(depth - len(row), depth), 100 * row, label=task, **style[task])
-        axes[0].legend(fontsize=8, ncols=2)
+    plots.legend(axes[0], ncols=2)
     for when, own in zip(("before", "after"), plots.arms(["before", "after"]).values(), strict=True):
         if f"gates/{when}" in results.arrays:
             shares = results.arrays[f"gates/{when}"]
@@ -2535,7 +2597,7 @@ def draw_use(results):
             for i, row in enumerate(shares):
                 axes[1].plot(middle, row, label=f"{when} training" if not i else None, **own, alpha=0.6)
     axes[1].axvline(0.5, color="#555555", linewidth=0.8)
-    axes[1].legend(fontsize=8)
+    plots.legend(axes[1])
     plots.label(axes[0], "layer", "tokens that run it (%)", "use of each routed layer")
     plots.label(axes[1], "gate (1)", "share of tokens (1)", "gates, one line per layer")
     return figure
@@ -2559,17 +2621,20 @@ def draw_curve(results):
         ax.plot(
             *results.arrays["curve/static"].T, marker="o", markersize=4, label="static", **style["static"]
         )
-    for i, name in enumerate(sorted(k for k in results.arrays if k.startswith("curve/flexidepth/"))):
-        points = results.arrays[name][results.arrays[name][:, 0].argsort()].T
-        label = "flexidepth (one line per run, over τ)" if not i else None
-        ax.plot(*points, marker=".", alpha=0.7, label=label, **style["flexidepth"])
+    for over, sign in (("α, tuning seed", "curve/alpha"), ("τ, first seed", "curve/tau")):
+        if sign in results.arrays:
+            points = results.arrays[sign][results.arrays[sign][:, 0].argsort()].T
+            how = dict(
+                marker=".", alpha=0.7, label=f"flexidepth over {over}", color=style["flexidepth"]["color"]
+            )
+            ax.plot(*points, linestyle="-" if "τ" in over else "--", **how)
     for arm in ("flexidepth", "static_adapter", "random_adapter"):
         if arm in results.metrics.get("retained", {}):
             x, y = (np.array(results.metrics[m][arm]) for m in ("skipped_layers", "retained"))
             kept = dict(color=style[arm]["color"], label=f"{arm}, per seed")
             ax.plot(x, y, "s", markersize=7, **kept)
     ax.axhline(1, color="#555555", linewidth=0.8)
-    ax.legend(fontsize=8)
+    plots.legend(ax)
     plots.label(ax, "layers skipped per token", "retained score (1)", f"profile {results.profile}")
     return figure
 
@@ -2628,61 +2693,59 @@ tables.provenance(book) if book else print(
 
 # %% tags=["figure", "hide-input"]
 shown = book or here
-plots.show(draw_curve(shown), alt=f"Recorded run. {CURVE_ALT}", caption=f"Profile {shown.profile}.")
-
-# %% tags=["figure", "hide-input"]
 if book:
-    plots.show(draw_text(shown), alt=f"Recorded run. {TEXT_ALT}", caption=f"Profile {shown.profile}.")
-
-# %% tags=["figure", "hide-input"]
-if book:
-    plots.show(draw_use(shown), alt=f"Recorded run. {USE_ALT}", caption=f"Profile {shown.profile}.")
+    for draw, words in ((draw_curve, CURVE_ALT), (draw_text, TEXT_ALT), (draw_use, USE_ALT)):
+        plots.show(draw(book), alt=f"Recorded run. {words}", caption=f"Profile {book.profile}.")
 
 # %% tags=["hide-input"]
-tables.grid(quality_rows(shown), caption=f"Profile {shown.profile}.")
-
-# %% tags=["hide-input"]
-tables.grid(difficulty_rows(shown), caption=f"Profile {shown.profile}: mean layers used.")
+if book:
+    told = f"Profile {book.profile}: exact match per task (prose: exp of minus NLL), retained score, skip."
+    display(tables.grid(quality_rows(book), told))
+    display(tables.grid(difficulty_rows(book), f"Profile {book.profile}: mean layers used."))
 
 
 # %% [markdown]
 # ### Speed against the limits
+#
+# The lines are the cost model of step 9 with the copy bandwidth and matrix rate that this GPU reached.
 
 
 # %% tags=["figure", "hide-input"]
 def draw_speed(results):
     """Speed-up over our dense mode against batch, measured and predicted; prefill as bars."""
     figure, axes = plt.subplots(1, 2, figsize=(9.0, 3.4), width_ratios=[2, 1])
-    rows, config = results.arrays.get("sweep", np.zeros((0, 5))), LlamaConfig(**LLAMA_8B)
+    rows, eight = results.arrays.get("sweep", np.zeros((0, 5))), LlamaConfig(**LLAMA_8B)
     for ctx, style in zip(np.unique(rows[:, 1]), plots.arms(["short", "long"]).values(), strict=False):
-        some = rows[(rows[:, 1] == ctx) & (rows[:, 2:4] > 0).all(1)]
-        axes[0].plot(some[:, 0], some[:, 2] / some[:, 3], "o", color=style["color"])
-        for mode, width in (("predicated", 1.8), ("masked", 0.8)):
-            line = [
-                cost_model(config, "dense", int(b), int(ctx), 8, 3e12, 7e14)
-                / cost_model(config, mode, int(b), int(ctx), 8, 3e12, 7e14)
-                for b in some[:, 0]
-            ]
-            label = f"{mode}, context {ctx:.0f}, predicted"
-            axes[0].plot(some[:, 0], line, linewidth=width, label=label, **{**style})
+        some = rows[(rows[:, 1] == ctx) & (rows[:, 2:] > 0).all(1)]
+        for column, mode, fill in ((3, "predicated", "full"), (4, "masked", "none")):
+            speedup = some[:, 2] / some[:, column]
+            how = dict(color=style["color"], label=f"{mode}, context {ctx:.0f}")
+            axes[0].plot(some[:, 0], speedup, "o", fillstyle=fill, **how)
+            if "ceilings" in results.arrays:
+                limits = results.arrays["ceilings"]
+                ms = {
+                    m: [cost_model(eight, m, int(b), int(ctx), 8, *limits) for b in some[:, 0]]
+                    for m in ("dense", mode)
+                }
+                line = np.array(ms["dense"]) / np.array(ms[mode])
+                axes[0].plot(some[:, 0], line, color=style["color"], linewidth=1.6 if fill == "full" else 0.8)
     axes[0].axhline(1, color="#555555", linewidth=0.8)
     axes[0].set_xscale("log", base=2)
-    axes[0].legend(fontsize=7)
-    plots.label(axes[0], "sequences", "speed-up over dense (1)", "decode; dots: measured, predicated")
-    times = {
-        k.split("/")[2]: float(np.median(v)) for k, v in results.arrays.items() if k.startswith("ms/r3/")
-    }
-    axes[1].bar(range(len(times)), list(times.values()), color=plots.PALETTE[0])
-    axes[1].set_xticks(range(len(times)), list(times), rotation=30)
-    plots.label(axes[1], "mode", "time (ms)", "prefill")
+    plots.legend(axes[0])
+    plots.label(axes[0], "sequences", "speed-up over dense (1)", "decode")
+    times = {k.split("/")[2]: np.median(v) for k, v in results.arrays.items() if k.startswith("ms/r3/")}
+    axes[1].barh(list(times), list(times.values()), color=plots.PALETTE[0])
+    axes[1].invert_yaxis()
+    plots.label(axes[1], "time (ms)", "mode", "prefill")
     return figure
 
 
 plots.show(
     draw_speed(shown),
-    alt="Left: speed-up of skipping over dense decoding against the number of sequences, for a short and a "
-    "long context, dots over predicted lines. Right: milliseconds of prefill by mode.",
-    caption=f"Profile {shown.profile}. The lines are for Llama-3-8B, which only the gpu profile runs.",
+    alt="Left: speed-up over dense decoding against the number of sequences, for a short and a long context: "
+    "filled dots predicated kernels, hollow dots masked execution, lines predictions. Right: milliseconds of "
+    "prefill by mode.",
+    caption=f"Profile {shown.profile}. Dots: measured; lines: predicted (only where Llama-3-8B was run).",
 )
 
 
@@ -2700,12 +2763,16 @@ def speed_rows(results) -> list[dict]:
                 float(np.median(results.arrays[key])),
                 results.arrays.get(key.replace("ms", "predicted", 1)),
             )
-            text = f"{name.upper()} {key.split('/')[2]}" + (" (best dense)" if key.endswith(best) else "")
+            text = f"{name.upper()} {key.split('/')[2]}" + (
+                " (best dense)" if key.endswith(f"/{best}") else ""
+            )
             limit = None if limit is None else 1e3 / float(limit)
             rows.append(clock.row(text, ms, "steps/s", achieved=1e3 / ms, limit=limit, peer=1e3 / peer))
         rows.append(
             {"name": f"{name.upper()} layers skipped", "achieved": float(results.arrays[f"skipped/{name}"])}
         )
+    if rows and "gather_ms" in results.arrays:
+        rows.append({"name": "R3, moving rows in one layer", "ms": float(results.arrays["gather_ms"])})
     return rows
 
 

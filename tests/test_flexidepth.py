@@ -9,6 +9,7 @@ import copy
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from readrun import chapter
+from whole_script import run_script
 
 q = chapter("flexidepth")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -262,10 +264,10 @@ def test_training_moves_only_routers_and_adapters() -> None:
 
 
 def test_threshold_is_tuned_to_a_skip() -> None:
-    batch = small_batch(30)
+    batch = small_batch(12)
     model = q.prepare(q.base_model(q.SMALL["size"], 0), "flexidepth", 16, 0.0, batch)
     tau, skip = q.tune_tau(model, batch, 1.5)
-    assert abs(skip - 1.5) < 0.1 and all(layer.tau == tau for layer in q.routed(model))
+    assert abs(skip - 1.5) < 0.15 and all(layer.tau == tau for layer in q.routed(model))
     assert q.mean_skip(q.trace(model, batch)) == pytest.approx(skip)
 
 
@@ -333,6 +335,20 @@ def test_decode_continues_any_prefix(batch, prefix, mode) -> None:
         torch.testing.assert_close(rt.prefill(ids, last=False), plain(ids).logits, rtol=1e-4, atol=1e-5)
         rt.prefill(ids[:, :8])
         torch.testing.assert_close(rt.decode(ids[:, 8]), plain(ids).logits[:, 8], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["dense", "predicated"])
+def test_products_in_cublas_give_the_same(mode) -> None:
+    """The rival of R1: the same step with all products outside of our kernels."""
+    _, flexi = tiny()
+    ids, force = ids_of(2, 5), torch.tensor([[1, 0], [0, 1]], dtype=torch.int8)
+    logits = []
+    for rows in (8, 0):
+        rt = q.FlexiRuntime(flexi, 2, 6, mode)
+        rt.prefill(ids[:, :4], None)
+        rt.kernel_rows = rows
+        logits.append(rt.decode(ids[:, 4], force if mode == "predicated" else None))
+    torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-5)
 
 
 def test_runtime_shares_weights_and_refuses_what_does_not_fit() -> None:
@@ -473,6 +489,10 @@ def test_ffn_or_adapter_kernel() -> None:
                 h.clone(), torch.full((rows, f + a), 9.0), w_in, w_out, norm, mask, gate, f, 1e-5
             )
             torch.testing.assert_close(got, (h.double() + part).float(), rtol=1e-4, atol=1e-4)
+        every, full = torch.ones(rows, dtype=torch.int8), torch.ones(rows)  # the dense mode: no adapter
+        w_half = w_in[: 2 * f], w_out[:, :f]
+        got = q.ffn_or_adapter(h.clone(), torch.empty(rows, f), *w_half, norm, every, full, f, 1e-5)
+        torch.testing.assert_close(got, (h.double() + ffn.T).float(), rtol=1e-4, atol=1e-4)
 
 
 @interpreted
@@ -575,7 +595,7 @@ def test_items_are_disjoint_and_labelled() -> None:
     train, test = q.prose_of("train"), q.prose_of("test")
     assert test[1000:1400] not in train
     with pytest.raises(ValueError, match="different test items"):
-        q.make_items("mul", "test", 500, 0, shape)
+        q.make_items("mul", "test", 30, 0, shape | {"digits": 1})
     with pytest.raises(ValueError, match="task='divide'"):
         q.make_items("divide", "test", 5, 0, shape)
 
@@ -639,6 +659,22 @@ def test_partial_correlation_removes_entropy_and_position() -> None:
     assert abs(q.partial_correlation(3 * entropy + place, entropy, items)) < 1e-6
     label = (np.arange(200) % 2 == 0)[:, None] * 1.0
     assert q.partial_correlation(label + entropy, entropy, items) > 0.99
+
+
+def test_tuned_choices_reach_the_runtime() -> None:
+    _, flexi = tiny()
+    rt = q.FlexiRuntime(flexi, 1, 4)
+    tuned = {"blocks": {"one/q": [4, 64, 1, 1], "few/q": [8, 64, 1, 1]}}
+    tuned["attention"] = dict(block=32, chunk=64, warps=2)
+    q.use_tuned(rt, tuned, 1)
+    assert (rt.blocks, rt.attention, rt.chunk) == ({"q": (4, 64, 1, 1)}, {}, 256)
+    q.use_tuned(rt, tuned, 64)
+    assert (rt.blocks, rt.attention, rt.chunk) == ({"q": (8, 64, 1, 1)}, dict(block=32, warps=2), 64)
+    times, errors = {(1,): 3.0, (2,): 2.0, (3,): 2.5}, {}
+    ms_of = lambda v: times[v] if v in times else 1 / 0  # noqa: E731
+    assert q.fastest(ms_of, [(1,), (2,), (3,), (4,)], errors, "x") == (2,) and list(errors) == ["x(4,)"]
+    with pytest.raises(RuntimeError, match="no variant of x"):
+        q.fastest(ms_of, [(4,)], {}, "x")
 
 
 def test_choices_and_derived_metrics() -> None:
@@ -737,11 +773,20 @@ def test_missing_router_tensors_are_named(tmp_path, monkeypatch) -> None:
         q.load_checkpoint(str(tmp_path / "empty"))
 
 
-def test_checkpoint_path(tmp_path, monkeypatch) -> None:
-    """Both kinds give finite, different numbers, the modes agree on them."""
-    found = [q.own_model(str(save(tmp_path / f"m{i}", i, bool(i)))) for i in (0, 1)]
-    assert found[0]["nll"] != found[1]["nll"] and all(f["gap"] < 1e-5 for f in found)
-    assert all(f["depth"] == 4 and 2 <= f["layers"] <= 4 for f in found)
+def test_checkpoint_path(tmp_path, capsys, monkeypatch) -> None:
+    """The whole notebook on a plain and on a FlexiDepth checkpoint: different numbers, modes agree."""
+    said = []
+    for i in (0, 1):
+        folder = save(tmp_path / f"m{i}", i, bool(i))
+        out = str(tmp_path / f"run{i}")
+        how = dict(profile="smoke", out=out, only="own_model*", checkpoint=str(folder))
+        run_script("flexidepth", monkeypatch, figures=not i, **how)
+        text = capsys.readouterr().out
+        layers, depth, nll = re.search(r"([\d.]+) of (\d) layers.*likelihood ([\d.]+)", text).groups()
+        gap = float(re.search(r"relative difference (\S+)", text)[1])
+        assert depth == "4" and 2 <= float(layers) <= 4 and gap < 1e-5
+        said.append(nll)
+    assert said[0] != said[1]
 
 
 def test_committed_base_is_competent(tmp_path, monkeypatch) -> None:

@@ -8,7 +8,6 @@ import json
 import math
 import random
 import re
-import sys
 import types
 from collections import Counter
 
@@ -21,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from readrun import chapter
 from readrun.llm import LLMError, Reply, ScriptedLLM
+from whole_script import run_script
 
 q = chapter("meddistract")
 WORLD = q.make_world(0, 24, 36, 6)
@@ -833,19 +833,6 @@ def save_qwen2(folder, seed: int):
     return folder
 
 
-def run_script(monkeypatch, **parameters: str) -> None:
-    """The whole notebook from top to bottom, in this process (a kernel of its own costs seconds)."""
-    script = readrun.paths.notebook("meddistract")
-    source = script.read_text(encoding="utf-8")
-    for name, value in parameters.items():
-        line = re.compile(rf'^{name} = "".*$', re.M)
-        assert len(line.findall(source)) == 1
-        source = line.sub(lambda _, said=f"{name} = {value!r}": said, source)
-    module = types.ModuleType("meddistract_script")
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    exec(compile(source, str(script), "exec"), vars(module))
-
-
 def test_checkpoint_path(tmp_path, capsys, monkeypatch) -> None:
     """The notebook in smoke on two checkpoints with real-format data: ends well, different numbers."""
     data, more = write_real(tmp_path)
@@ -854,7 +841,7 @@ def test_checkpoint_path(tmp_path, capsys, monkeypatch) -> None:
         folder = save_qwen2(tmp_path / f"model{seed}", seed)
         assert (folder / "model.safetensors.index.json").is_file()
         run_script(
-            monkeypatch, profile="smoke", out=str(tmp_path / f"run{seed}"), only="own_model*",
+            "meddistract", monkeypatch, profile="smoke", out=str(tmp_path / f"run{seed}"), only="own_model*",
             checkpoint=str(folder), dataset=data, distractors=more,
         )  # fmt: skip
         said.append(re.findall(r"(?:clean|distracted): accuracy.*", capsys.readouterr().out))

@@ -280,3 +280,13 @@ def test_buttons_lead_to_public_forges_only(remote: str, address: str) -> None:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert module.repository(remote) == address
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_legend_only_where_something_has_a_name() -> None:
+    figure, axes = plt.subplots(1, 2)
+    axes[1].plot([1, 2], label="named")
+    for ax in axes:
+        plots.legend(ax, ncols=2)
+    assert axes[0].get_legend() is None and axes[1].get_legend().get_texts()[0].get_text() == "named"
+    plt.close(figure)

@@ -45,6 +45,12 @@ def label(ax: Any, x: str, y: str, title: str = "") -> Any:
     return ax
 
 
+def legend(ax: Any, **how: Any) -> None:
+    """A legend, where anything has a name: an empty one is a warning, and a run may lack all of its arms."""
+    if ax.get_legend_handles_labels()[0]:
+        ax.legend(**{"fontsize": 8} | how)
+
+
 def band(ax: Any, x: Any, ys: Any, label: str, color: str | None = None, linestyle: Any = "-") -> Any:
     """Draw the mean of ys (seeds, points) over x (points,) with its 95 % t band; one seed: a line."""
     values = np.atleast_2d(np.asarray(ys, dtype=float))
