@@ -637,6 +637,7 @@ def swiglu(y: Tensor, both: Tensor) -> Tensor:
     return (fused(glu) if made.is_cuda else glu)(made)
 
 
+# %%
 def gemv_pred(x: Tensor, w: Tensor, active: Tensor, out: Tensor, *, add: bool = False, norm=None,
               eps: float = 0.0, blocks=None) -> Tensor:  # fmt: skip
     """out[b] = W x_b (add: += it) where active (B,), in place; other rows are neither computed nor written.
@@ -2087,6 +2088,7 @@ def bench_prefill(batch: int, length: int, speed: dict) -> dict[str, Any]:
     return {f"ms__{k}": v for k, v in times.items()} | found
 
 
+# %%
 def gather_share(rt: FlexiRuntime, ids: Tensor, count: int) -> float:
     """Milliseconds that one routed layer spends on looking, gathering and putting back rows."""
     x = torch.randn(ids.numel(), rt.config.hidden_size, dtype=rt.dtype, device=ids.device)
@@ -2197,6 +2199,7 @@ def tune_kernels(speed: dict) -> dict[str, Any]:
     return found | (clock.ceilings(run.device, kind) if cuda else {"copy_gb_s": 1.0, "matmul_tflop_s": 1.0})
 
 
+# %%
 def fastest(ms_of: Callable, variants: Sequence[tuple], errors: dict, name: str) -> tuple:
     """The variant with the least `ms_of`; what does not compile here goes to `errors`. RuntimeError: none."""
     took = {}
