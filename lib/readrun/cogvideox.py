@@ -130,7 +130,8 @@ def transformer(
 
     condition_channels: input channels beside the `channels` that are noised and predicted (as many again for
     image to video). rotary: positions as in the 5B checkpoints, else absolute ones as in 2B. `fields` go to
-    the class and win (`ofs_embed_dim`, …). Raises ValueError for sizes that do not fit together.
+    the class and win (`ofs_embed_dim`, …). hidden should exceed channels * patch_size²: through fewer numbers
+    the noise of a patch cannot pass, and samples stay noisy. Raises ValueError for sizes that do not fit.
     """
     unit = 16 * heads if rotary else math.lcm(16, 2 * heads)
     if hidden % unit:
