@@ -2532,6 +2532,7 @@ for gather in (gather_quality, gather_difficulty, gather_speed, gather_limits):
     gather(metrics, arrays)
 here = run.results(metrics=metrics, arrays=arrays)
 book = run.recorded()
+shown = book or here  # what the GPU figures show
 
 
 # %% [markdown]
@@ -2695,7 +2696,6 @@ tables.provenance(book) if book else print(
 )
 
 # %% tags=["figure", "hide-input"]
-shown = book or here
 if book:
     for draw, words in ((draw_curve, CURVE_ALT), (draw_text, TEXT_ALT), (draw_use, USE_ALT)):
         plots.show(draw(book), alt=f"Recorded run. {words}", caption=f"Profile {book.profile}.")

@@ -19,10 +19,9 @@ CASES = [  # channels, kernels, kernel size, images, height, width, layout, dtyp
     (24, 3, 3, 2, 4, 3, "nhwc", torch.float32),
     (16, 4, 5, 1, 6, 5, "nchw", torch.float32),
     (6, 6, 1, 1, 3, 3, "nchw", torch.float32),
-    (4, 2, 3, 1, 29, 31, "nchw", torch.float32),
-    (32, 4, 3, 2, 7, 7, "nhwc", torch.float16),
-    (16, 2, 3, 1, 7, 7, "nchw", torch.float16),
-    (16, 2, 3, 1, 5, 4, "nchw", torch.bfloat16),
+    (2, 1, 3, 1, 29, 31, "nchw", torch.float32),
+    (16, 2, 3, 1, 7, 7, "nhwc", torch.float16),
+    (8, 1, 3, 1, 5, 4, "nchw", torch.bfloat16),
 ]
 
 
@@ -49,7 +48,7 @@ def main() -> None:
         a.requires_grad_(), b.requires_grad_()
         y = q.ska_reference(a, b)
         gx, gw = torch.autograd.grad(y, (a, b), c)  # autograd of the reference, not the chapter's formulas
-        for tile in [None] if case[3] == 1 else [None, (16, 2, 1, 1)]:
+        for tile in [None] if case[3] == 1 or case[-1] != torch.float32 else [None, (16, 2, 1, 1)]:
             name = f"{case[:-1]} {str(case[-1])[6:]} {tile}"
             gw_found = q.triton_grad_w(g, x, w.shape[1], k, tile)
             found = (q.triton_ska(x, w, tile), q.triton_grad_x(g, w, tile), gw_found)
