@@ -49,6 +49,7 @@ out = ""  # folder for this run's files; "": build/flexidepth/<profile>/live
 # %% tags=["hide-input"]
 import copy
 import functools
+import gc
 import hashlib
 import json
 import math
@@ -1877,6 +1878,7 @@ def speed_model(speed: dict):
         num_key_value_heads=speed["kv_heads"], bos_token_id=None, eos_token_id=None,
     ))  # fmt: skip
     kind = torch.bfloat16 if run.device == "cuda" else torch.float32
+    gc.collect()  # compiled peers of an earlier measurement are cycles, and hold its 16 GB
     return convert(clock.random_model(LlamaForCausalLM, config, kind, run.device)).requires_grad_(False)
 
 
@@ -2937,8 +2939,8 @@ print(f"compact against masked: relative difference {own['gap']:.1e}")
 # - The `cpu` profile proves nothing about the static baseline. With half of its router steps the two were
 #   level; the steps were doubled after that had been seen. Its base model also fails its gate, so that its
 #   verdicts are void. Only the recorded `gpu` run decides.
-# - Products of three digits and one digit have about 6 500 different training items: fewer than one would
-#   like.
+# - There are only $900\cdot8$ products of three digits and one digit, 80 % of them for training: fewer than one
+#   would like.
 # - Times use forced masks, independent between tokens; real routes are correlated, which the last measurement
 #   only samples. They are for one model on one GPU, bfloat16, sequences of equal length.
 # - Beyond one sequence the weights of a layer are read whenever any sequence runs it. For 2 to 16 short
@@ -2946,8 +2948,8 @@ print(f"compact against masked: relative difference {own['gap']:.1e}")
 # - The kernels do not split the inner dimension, and every launch of an inactive kernel still costs its
 #   launch.
 #
-# **Exercise 1.** A layer is skipped with probability $p=\tfrac12$. At batch 4, which share of the FFN's
-# weight traffic is saved in R1?
+# **Exercise 1.** A layer is skipped with probability $p=\tfrac12$. Which share of the FFN's weight traffic do
+# predicated kernels save when they decode four sequences at once?
 #
 # :::{dropdown} Solution
 # The weights can stay unread only if all four sequences skip: $p^4=\tfrac1{16}$. The adapter's weights are

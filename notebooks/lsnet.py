@@ -1998,10 +1998,8 @@ def draw_accuracy(results):
         order = [arm for arm in (*STYLE, "ls_k3", "ls_k5", "ls_k9") if arm in found]
         for i, arm in enumerate(order):
             values = 100 * np.array(found[arm])
-            n = len(values)
-            half = scipy.stats.t.ppf(0.975, n - 1) * values.std(ddof=1) / n**0.5 if n > 1 else 0.0
             colour = STYLE.get(arm, STYLE["ls"])["color"]
-            ax.barh(i, values.mean(), xerr=half or None, color=colour, alpha=0.5, capsize=3)
+            ax.barh(i, values.mean(), xerr=plots.t_half(values) or None, color=colour, alpha=0.5, capsize=3)
             ax.plot(values, np.full(len(values), i), "o", markersize=3, color=colour)
         ax.set_yticks(range(len(order)), order)
         ax.invert_yaxis()

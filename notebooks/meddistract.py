@@ -2238,7 +2238,7 @@ def sizes_of(results, prefix: str) -> list[str]:
 def half_width(values: np.ndarray, n: int) -> float:
     """Half of the 95 % interval of a mean accuracy: t over three seeds or more, else binomial over items."""
     if len(values) > 2:
-        return scipy.stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
+        return plots.t_half(values)
     return 1.96 * math.sqrt(values.mean() * (1 - values.mean()) / (n * len(values)))
 
 

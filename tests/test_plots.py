@@ -290,3 +290,10 @@ def test_a_legend_only_where_something_has_a_name() -> None:
         plots.legend(ax, ncols=2)
     assert axes[0].get_legend() is None and axes[1].get_legend().get_texts()[0].get_text() == "named"
     plt.close(figure)
+
+
+def test_half_an_interval_is_the_librarys() -> None:
+    values = np.random.default_rng(0).normal(size=(5, 3))
+    low, high = stats.t.interval(0.95, 4, values.mean(0), stats.sem(values))
+    assert np.allclose(plots.t_half(values), (high - low) / 2)
+    assert np.array_equal(plots.t_half(values[:1]), np.zeros(3)) and plots.t_half([0.5]) == 0

@@ -51,17 +51,22 @@ def legend(ax: Any, **how: Any) -> None:
         ax.legend(**{"fontsize": 8} | how)
 
 
+def t_half(values: Any) -> Any:
+    """Half of the 95 % t interval of the mean over the first axis (seeds); 0 for one seed."""
+    from scipy.stats import t
+
+    values, n = np.asarray(values, dtype=float), len(values)
+    return t.ppf(0.975, n - 1) * values.std(0, ddof=1) / np.sqrt(n) if n > 1 else 0 * values.sum(0)
+
+
 def band(ax: Any, x: Any, ys: Any, label: str, color: str | None = None, linestyle: Any = "-") -> Any:
     """Draw the mean of ys (seeds, points) over x (points,) with its 95 % t band; one seed: a line."""
     values = np.atleast_2d(np.asarray(ys, dtype=float))
     if values.shape[-1] != len(x):
         raise ValueError(f"ys has {values.shape[-1]} points, x has {len(x)}")
-    mean, n = values.mean(0), len(values)
+    mean, half = values.mean(0), t_half(values)
     (line,) = ax.plot(x, mean, label=label, color=color, linestyle=linestyle)
-    if n > 1:
-        from scipy.stats import t
-
-        half = t.ppf(0.975, n - 1) * values.std(0, ddof=1) / np.sqrt(n)
+    if len(values) > 1:
         ax.fill_between(x, mean - half, mean + half, color=line.get_color(), alpha=0.18, linewidth=0)
     return line
 
