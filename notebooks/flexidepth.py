@@ -2939,8 +2939,8 @@ print(f"compact against masked: relative difference {own['gap']:.1e}")
 # - The `cpu` profile proves nothing about the static baseline. With half of its router steps the two were
 #   level; the steps were doubled after that had been seen. Its base model also fails its gate, so that its
 #   verdicts are void. Only the recorded `gpu` run decides.
-# - There are only $900\cdot8$ products of three digits and one digit, 80 % of them for training: fewer than one
-#   would like.
+# - There are only $900\cdot8$ products of three digits and one digit, 80 % of them for training: fewer than
+#   one would like.
 # - Times use forced masks, independent between tokens; real routes are correlated, which the last measurement
 #   only samples. They are for one model on one GPU, bfloat16, sequences of equal length.
 # - Beyond one sequence the weights of a layer are read whenever any sequence runs it. For 2 to 16 short
