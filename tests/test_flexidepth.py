@@ -496,6 +496,22 @@ def test_ffn_or_adapter_kernel() -> None:
 
 
 @interpreted
+def test_tuned_products_are_kernel_launches_of_a_layer() -> None:
+    """What `tune_kernels` times: norm, SwiGLU, gate and residual ride along, without an adapter's half."""
+    rng = torch.Generator().manual_seed(4)
+    x, norm = torch.randn(1, 24, generator=rng), torch.rand(24, generator=rng)
+    others = torch.ones(1, dtype=torch.int8), torch.full((1,), 0.25), norm
+    y = x.double() / (x.double().square().mean(1, keepdim=True) + 1e-5).sqrt() * norm
+    for name, n in (("kv", 8), ("o", 24), ("in", 20), ("out", 10)):
+        w, out = torch.randn(n, 24, generator=rng), torch.ones(1, n // 2 if name == "in" else n)
+        q.product(name, x, out, others, (4, 16, 1, 1), w)
+        plain, normed = x.double() @ w.double().T, y @ w.double().T
+        gated = F.silu(normed[:, : n // 2]) * normed[:, n // 2 :]
+        wanted = {"kv": normed, "o": 1 + plain, "in": gated, "out": 1 + 0.25 * plain}[name]
+        torch.testing.assert_close(out, wanted.float(), rtol=1e-4, atol=1e-4)
+
+
+@interpreted
 def test_router_kernel() -> None:
     rng = torch.Generator().manual_seed(2)
     wide = torch.randn(5, 17, generator=rng)

@@ -57,7 +57,8 @@ def install(folder: Path) -> dict[str, str]:
     start += ["--HistoryManager.hist_file=:memory:"]
     spec = {"argv": start, "display_name": "Read & Run", "language": "python"}
     paths.write_atomic(folder / "kernels" / "readrun" / "kernel.json", json.dumps(spec))
-    return {"JUPYTER_PATH": str(folder), "IPYTHONDIR": str(folder / "ipython")}
+    # 6: torch's profiler would write a log line per call onto the page
+    return {"JUPYTER_PATH": str(folder), "IPYTHONDIR": str(folder / "ipython"), "KINETO_LOG_LEVEL": "6"}
 
 
 if __name__ == "__main__":
