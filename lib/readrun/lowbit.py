@@ -1,9 +1,10 @@
 # mypy: ignore-errors
 """Products with 4- and 8-bit weights on a GPU: Triton kernels and their launcher.
 
-A packed matrix (N, K) is uint8 (N, K / 2), read as little-endian 32-bit words of eight nibbles: nibble j of word
-i of a group of 128 inputs is input 16 j + i, so that a kernel meets contiguous inputs for each nibble. A nibble q
-stands for q - 8. Group scales are fp16 (N, K / 128). Kinds: "w4a16", "w4a8", "w8a8", "w16a16".
+A packed matrix (N, K) is uint8 (N, K / 2), read as little-endian 32-bit words of eight nibbles: nibble j
+of word i of a group of 128 inputs is input 16 j + i, so that a kernel meets contiguous inputs for each
+nibble. A nibble q stands for q - 8. Group scales are fp16 (N, K / 128). Kinds: "w4a16", "w4a8", "w8a8",
+"w16a16".
 """
 
 import contextlib
@@ -75,7 +76,8 @@ def put(out, at, y, old, good, ADD: constexpr, OUT8: constexpr):
 
 @jit
 def gemv4_kernel(
-    x, w, sg, scale, out, N, K: constexpr, eps, A8: constexpr, SUMS: constexpr, NORM: constexpr, ADD: constexpr,
+    x, w, sg, scale, out, N, K: constexpr, eps, A8: constexpr, SUMS: constexpr, NORM: constexpr,
+    ADD: constexpr,
     OUT8: constexpr, BN: constexpr, BW: constexpr, FOLD: constexpr,
 ):  # fmt: skip
     """One row times packed weights; FOLD: sum the 16 words of a group before its scale is applied."""
@@ -88,11 +90,15 @@ def gemv4_kernel(
         word = start + i
         ok = word < words
         good = inside & ok[None, :]
-        bits = tl.load(w + n[:, None] * words + word[None, :], mask=good, other=0, eviction_policy="evict_first")
+        bits = tl.load(
+            w + n[:, None] * words + word[None, :], mask=good, other=0, eviction_policy="evict_first"
+        )
         from_x = x + word // 16 * 128 + word % 16
         part = tl.zeros([BN, BW], tl.float32)
         if A8:
-            s = tl.load(sg + n[:, None] * (K // 128) + word[None, :] // 16, mask=good, other=0.0).to(tl.float32)
+            s = tl.load(sg + n[:, None] * (K // 128) + word[None, :] // 16, mask=good, other=0.0).to(
+                tl.float32
+            )
         for j in tl.static_range(8):
             v = tl.load(from_x + 16 * j, mask=ok, other=0).to(tl.float32)
             q = nibble(bits, j)
@@ -109,7 +115,9 @@ def gemv4_kernel(
             s = tl.load(sg + n[:, None] * (K // 128) + group[None, :], mask=more, other=0.0).to(tl.float32)
             acc += tl.sum(tl.reshape(part, [BN, across, 16]), 2) * s
         else:
-            s = tl.load(sg + n[:, None] * (K // 128) + word[None, :] // 16, mask=good, other=0.0).to(tl.float32)
+            s = tl.load(sg + n[:, None] * (K // 128) + word[None, :] // 16, mask=good, other=0.0).to(
+                tl.float32
+            )
             acc += part * s
     if A8:
         sums = tl.sum(acc.to(tl.int32), 1)
@@ -198,7 +206,7 @@ def gemm8_kernel(
     x, w, scale, out, M, N, K: constexpr, SUMS: constexpr, ADD: constexpr, OUT8: constexpr, BM: constexpr,
     BN: constexpr, BK: constexpr, GROUP: constexpr,
 ):  # fmt: skip
-    """x (M, K) int8 times w (N, K) int8 transposed; tiles of GROUP rows share their weights in the L2 cache."""
+    """x (M, K) int8 times w (N, K) int8 transposed; GROUP rows of tiles share weights in the L2 cache."""
     rows, columns, pid = tl.cdiv(M, BM), tl.cdiv(N, BN), tl.program_id(0)
     first = pid // (GROUP * columns) * GROUP
     size = tl.minimum(rows - first, GROUP)
@@ -243,7 +251,6 @@ def epilogue_kernel(acc, scale, out, total, N, ADD: constexpr, OUT8: constexpr, 
     put(out, at, y, out, good, ADD, OUT8)
 
 
-
 LINEAR_PLANS: dict[str, list[tuple]] = {  # the first is the default, the tuning unit tries all
     "w4a16/1": [("gemv", (8, 128, 1), 4, 2), ("gemv", (8, 128, 0), 4, 2), ("gemv", (4, 256, 1), 4, 2),
                 ("gemv", (4, 256, 0), 4, 2), ("gemv", (16, 128, 1), 8, 2), ("gemv", (16, 64, 1), 4, 2),
@@ -258,10 +265,12 @@ LINEAR_PLANS: dict[str, list[tuple]] = {  # the first is the default, the tuning
                  ("fused", (16, 128, 32), 8, 3)],
     "w4a8/16": [("fused", (16, 32, 64), 4, 3), ("fused", (16, 64, 32), 4, 4), ("fused", (16, 32, 32), 4, 4),
                 ("fused", (16, 128, 32), 8, 3)],
-    "w8a8/16": [("fused", (16, 32, 256), 4, 4), ("fused", (16, 64, 128), 4, 4), ("fused", (16, 32, 512), 4, 3),
+    "w8a8/16": [("fused", (16, 32, 256), 4, 4), ("fused", (16, 64, 128), 4, 4), ("fused", (16, 32, 512), 4,
+    3),
                 ("library", (), 4, 2)],
     "w4a16/many": [("library", (), 4, 2), ("fused", (128, 128, 32), 8, 3), ("fused", (64, 128, 32), 4, 3)],
-    "w4a8/many": [("library", (), 4, 2), ("unpacked", (128, 256, 128), 8, 3), ("fused", (128, 128, 32), 8, 3)],
+    "w4a8/many": [("library", (), 4, 2), ("unpacked", (128, 256, 128), 8, 3), ("fused", (128, 128, 32), 8,
+    3)],
     "w8a8/many": [("fused", (128, 256, 128), 8, 3), ("fused", (128, 128, 128), 8, 3), ("library", (), 4, 2),
                   ("fused", (128, 128, 128), 4, 4), ("fused", (128, 256, 64), 8, 4),
                   ("fused", (64, 256, 128), 4, 3)],
@@ -300,7 +309,8 @@ def kernel_linear(kind: str, x: Tensor, w: Tensor, sg: Tensor | None, scale: Ten
             gemv_kernel[grid](x, words, scale, out, n, depth, eps or 0.0, BN=tile[0], BK=tile[1], **one)
     elif variant == "fused" and kind.startswith("w4"):
         grid = (triton.cdiv(rows, tile[0]), triton.cdiv(n, tile[1]))
-        gemm4_kernel[grid](x, words, sg, scale, out, rows, n, depth, A8=a8, BM=tile[0], BN=tile[1], BW=tile[2],
+        gemm4_kernel[grid](x, words, sg, scale, out, rows, n, depth, A8=a8, BM=tile[0], BN=tile[1],
+        BW=tile[2],
                            **flags, **extra)  # fmt: skip
     else:
         library_linear(variant, kind, x, words, sg, scale, out, tile, flags, extra)
@@ -325,7 +335,8 @@ def library_linear(variant: str, kind: str, x: Tensor, w: Tensor, sg: Any, scale
             out.copy_(acc)
             return
         grid = (triton.cdiv(acc.numel(), 4096),)
-        epilogue_kernel[grid](acc, scale, out, acc.numel(), n, ADD=flags["ADD"], OUT8=flags["OUT8"], BLOCK=4096,
+        epilogue_kernel[grid](acc, scale, out, acc.numel(), n, ADD=flags["ADD"], OUT8=flags["OUT8"],
+        BLOCK=4096,
                               num_warps=8)  # fmt: skip
     else:
         grid = (triton.cdiv(rows, tile[0]) * triton.cdiv(n, tile[1]),)

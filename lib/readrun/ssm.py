@@ -1,8 +1,8 @@
 # mypy: ignore-errors
 """Triton kernels of a Mamba-2 layer around its products: convolution, scan, step, gate, Hadamard, rounding.
 
-Rows `zx` are what in_proj gives, [z | x | B | C | dt]; C counts the channels of x, B, C. Launched, with a torch
-reference beside each, by the chapter `quamba2`.
+Rows `zx` are what in_proj gives, [z | x | B | C | dt]; C counts the channels of x, B, C. Launched, with a
+torch reference beside each, by the chapter `quamba2`.
 """
 
 from readrun.lowbit import constexpr, jit, nearest, put, tl
@@ -25,8 +25,10 @@ def conv_kernel(zx, weight, bias, s_in, s_out, out, length, width, first, C, QUA
         at = t - 3 + k
         good = ((at >= 0) & (at < length))[:, None] & some[None, :]
         v = tl.load(zx + (row + at)[:, None] * width + first + c[None, :], mask=good, other=0).to(tl.float32)
-        total += v * tl.load(weight + c * 4 + k, mask=some, other=0.0)[None, :] * (
-            tl.load(s_in + c, mask=some, other=0.0)[None, :] if QUANT else 1.0
+        total += (
+            v
+            * tl.load(weight + c * 4 + k, mask=some, other=0.0)[None, :]
+            * (tl.load(s_in + c, mask=some, other=0.0)[None, :] if QUANT else 1.0)
         )
     y = total * tl.sigmoid(total)
     if QUANT:
@@ -37,7 +39,8 @@ def conv_kernel(zx, weight, bias, s_in, s_out, out, length, width, first, C, QUA
 
 @jit
 def ssd_kernel(
-    zx, xbc, scale, dt_bias, A, D, y, state, s_state, rows, length, width, s_dt, QUANT: constexpr, STATE8: constexpr,
+    zx, xbc, scale, dt_bias, A, D, y, state, s_state, rows, length, width, s_dt, QUANT: constexpr,
+    STATE8: constexpr,
     H: constexpr, P: constexpr, N: constexpr, G: constexpr, KIND: constexpr, Q: constexpr, BP: constexpr,
 ):  # fmt: skip
     """The scan of BP channels of one head through all chunks of Q tokens of one sequence."""
@@ -49,7 +52,9 @@ def ssd_kernel(
     for start in range(0, length, Q):
         ok = start + t < length
         row = (b * length + start + t).to(tl.int64)
-        dt = softplus(tl.load(zx + row * width + width - H + h, mask=ok, other=0).to(tl.float32) * s_dt + bias)
+        dt = softplus(
+            tl.load(zx + row * width + width - H + h, mask=ok, other=0).to(tl.float32) * s_dt + bias
+        )
         dt = tl.where(ok, dt, 0.0)
         cum, total = tl.cumsum(dt * rate, 0), tl.sum(dt * rate, 0)
         at, good = xbc + row[:, None] * C, ok[:, None]
@@ -90,8 +95,12 @@ def gate_kernel(
     squares = tl.sum(tl.where(same, tl.sum(v * v, 1)[None, :], 0.0), 1)
     v = v * tl.rsqrt(squares / (R * P) + eps)[:, None] * tl.load(weight + at, mask=good, other=0.0)
     if ROTATE:
-        first = tl.load(inside + p[:, None] * P + p[None, :], mask=(p < P)[:, None] & (p < P)[None, :], other=0.0)
-        second = tl.load(across + h[None, :] * H + h[:, None], mask=(h < H)[:, None] & (h < H)[None, :], other=0.0)
+        first = tl.load(
+            inside + p[:, None] * P + p[None, :], mask=(p < P)[:, None] & (p < P)[None, :], other=0.0
+        )
+        second = tl.load(
+            across + h[None, :] * H + h[:, None], mask=(h < H)[:, None] & (h < H)[None, :], other=0.0
+        )
         v = tl.dot(v.to(KIND), first.to(KIND), input_precision="ieee")
         v = tl.dot(second.to(KIND), v.to(KIND), input_precision="ieee")
     put(out, row * (H * P) + at, v * inv, out, good, False, OUT8)
@@ -112,7 +121,8 @@ def tap(zx, ring, weight, bias, scale, c, at, base, first, C, pos, QUANT: conste
 
 @jit
 def step_kernel(
-    zx, ring, pos_at, weight, bias, s_in, s_mid, dt_bias, A, D, state, s_state, rows, norm_weight, inside, u, squares,
+    zx, ring, pos_at, weight, bias, s_in, s_mid, dt_bias, A, D, state, s_state, rows, norm_weight, inside,
+    u, squares,
     width, s_z, s_dt, QUANT: constexpr, STATE8: constexpr, ROTATE: constexpr, H: constexpr, P: constexpr,
     N: constexpr, G: constexpr,
 ):  # fmt: skip
