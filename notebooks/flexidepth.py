@@ -147,7 +147,7 @@ S = run.settings(
         ablations=["linear_router", "no_kv", "no_adapter"], alphas=[1e-3, 4e-3, 16e-3], from_checkpoint=False,
         size=dict(width=256, depth=16, heads=8, num_key_value_heads=4, intermediate_size=704),
         shape=dict(numbers=5, terms=[2, 4], digits=3, letters=8, prose=[16, 32]),
-        mix=dict(repeat=2, copy=2, phrase=1, max=3, add=6, mul=6, prose=4),
+        mix=dict(repeat=2, copy=2, phrase=1, max=2, add=9, mul=6, prose=2),
         pretrain=dict(steps=2500, batch=640, lr=1e-3, pool=300_000, length=49),
         routers=dict(steps=500, batch=640, lr=1e-3, pool=60_000, length=49, reduction=16),
         evaluate=dict(items=512, new_tokens=34, removed=8), taus=[0.3, 0.5, 0.7],
