@@ -2372,8 +2372,8 @@ for name, unit in timed.items():
 # %%
 def skip_mismatch(metrics: dict, arrays: dict) -> dict[str, list[float]]:
     """|validation skip of an arm - that of the full arm| / that of the full arm."""
-    found = metrics["validation_skip"]
-    target = found["full"][0]
+    found = metrics.get("validation_skip", {})
+    target = found.get("full", [0.0])[0]
     return {arm: [abs(v[0] - target) / target] for arm, v in found.items() if arm != "full" and target}
 
 

@@ -698,6 +698,7 @@ def test_choices_and_derived_metrics() -> None:
     assert q.choose_alpha({1e-3: 1.0, 4e-3: 2.0}, 4.0) == 4e-3
     found = q.skip_mismatch({"validation_skip": {"full": [4.0], "no_kv": [4.1]}}, {})
     assert found == {"no_kv": [pytest.approx(0.025)]}
+    assert q.skip_mismatch({}, {}) == {}
 
 
 # ---------------------------------------------------------------- bad input, checkpoints
