@@ -529,7 +529,7 @@ def test_checkpoint_path(tmp_path, capsys, monkeypatch) -> None:
     said = []
     for n, checkpoint in enumerate((file, folder)):
         how = dict(profile="smoke", out=str(tmp_path / f"run{n}"), only="own_model*")
-        run_script("lsnet", monkeypatch, figures=not n, checkpoint=str(checkpoint), **how)
+        run_script("lsnet", monkeypatch, figures=False, checkpoint=str(checkpoint), **how)
         text = capsys.readouterr().out
         said.append(next(line for line in text.splitlines() if "largest logit" in line))
     assert said[0].startswith("lsnet_t_distill") and said[1].startswith("lsnet_t:") and said[0] != said[1]
