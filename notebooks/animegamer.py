@@ -101,17 +101,18 @@ for y, (name, colour, boxes) in zip((1.2, 0.0), ROWS, strict=True):
     for x, words in enumerate(boxes):
         ax.text(1.6 * x, y, words, ha="center", va="center", fontsize=9,
                 bbox=dict(boxstyle="round,pad=0.4", fc="white", ec=colour, lw=1.6))  # fmt: skip
-    for x, label in ((2.4, "LLM"), (4.0, "diffusion"), (5.6, "")):
-        ax.annotate(label, (1.6 * round(x / 1.6 + 0.5) - 0.62, y), (1.6 * round(x / 1.6 - 0.5) + 0.62, y), fontsize=8,
-                    ha="center", va="bottom", arrowprops=dict(arrowstyle="->", color=colour)) if label else None  # fmt: skip
+    for x in range(len(boxes) - 1):
+        ax.annotate(
+            "", (1.6 * x + 1.05, y), (1.6 * x + 0.55, y), arrowprops=dict(arrowstyle="->", color=colour)
+        )
 ax.set(xlim=(-2.6, 7.2), ylim=(-0.6, 1.8))
 ax.set_axis_off()
 ax.set_xlabel("steps of one turn"), ax.set_ylabel("method")
 plots.show(
     figure,
-    alt="Two rows of boxes. Text-only history: three captions, a language model, a prompt, diffusion, a video. "
-    "Visual history: captions with shots, a language model, tokens of the next shot, diffusion, a video.",
-    caption="What the language model reads and writes in a pipeline (above) and in AnimeGamer (below).",
+    alt="Two rows of boxes. Text-only history: three captions, a prompt, a video. Visual history: captions "
+    "with shots, a third caption, 226 tokens of the next shot, a video.",
+    caption="What a language model reads, what it writes, and what diffusion draws of it.",
 )
 
 # %% [markdown]
@@ -126,7 +127,7 @@ S = run.settings(
         seeds=1, arms=["full", "text_only"], scopes=[True], from_checkpoint=True,
         size=dict(pixels=16, width=96, heads=4, depth=4, patch=1, n_text=4),
         lm_size=dict(width=96, depth=3, heads=4),
-        decoder=dict(pool=8, steps=1, batch=4, lr=1e-5), mllm=dict(steps=1, batch=4, lr=1e-5),
+        decoder=dict(pool=8, steps=1, batch=4, lr=1e-5), mllm=dict(steps=1, batch=4, lr=1e-5, games=0),
         adapt=dict(games=8, steps=1, batch=4, lr=3e-4),
         test=dict(games=2, turns=3, steps=2, guidance=1.0, shots=4),
         long=dict(games=2, turns=8, late=6, steps=2, guidance=1.0),
@@ -136,7 +137,7 @@ S = run.settings(
         seeds=1, arms=["full", "text_only"], scopes=[True], from_checkpoint=True,
         size=dict(pixels=16, width=96, heads=4, depth=4, patch=1, n_text=4),
         lm_size=dict(width=96, depth=3, heads=4),
-        decoder=dict(pool=100, steps=5, batch=24, lr=1e-5), mllm=dict(steps=5, batch=32, lr=1e-5),
+        decoder=dict(pool=100, steps=5, batch=24, lr=1e-5), mllm=dict(steps=5, batch=32, lr=1e-5, games=0),
         adapt=dict(games=160, steps=25, batch=24, lr=3e-4),
         test=dict(games=16, turns=6, steps=10, guidance=1.0, shots=40),
         long=dict(games=4, turns=16, late=11, steps=10, guidance=1.0),
@@ -147,7 +148,8 @@ S = run.settings(
         from_checkpoint=False,
         size=dict(pixels=48, width=256, heads=8, depth=6, patch=2, n_text=8),
         lm_size=dict(width=192, depth=6, heads=6),
-        decoder=dict(pool=12000, steps=4000, batch=96, lr=6e-4), mllm=dict(steps=2500, batch=128, lr=1e-3),
+        decoder=dict(pool=12000, steps=4000, batch=96, lr=6e-4),
+        mllm=dict(steps=2500, batch=128, lr=1e-3, games=8000),
         adapt=dict(games=4000, steps=300, batch=96, lr=2e-4),
         test=dict(games=200, turns=10, steps=20, guidance=1.5, shots=640),
         long=dict(games=32, turns=30, late=20, steps=20, guidance=1.5),
@@ -281,6 +283,7 @@ def background(facts: Tensor) -> Tensor:
     return out
 
 
+# %%
 def paths_of(facts: Tensor, generator: torch.Generator) -> Tensor:
     """Where the figure's corner is, (B, 8, 2) as (x, y) in cells: equal steps along a line, to and fro."""
     motion, level = facts[:, 6], facts[:, 7]
@@ -296,6 +299,7 @@ def paths_of(facts: Tensor, generator: torch.Generator) -> Tensor:
     return torch.stack([4 + left * way * axis[:, :1], 6 - way * axis[:, 1:]], -1)
 
 
+# %%
 def render(facts: Tensor, size: int = GRID, seed: int = 0, frames: int = FRAMES) -> Tensor:
     """Videos (B, frames, 3, size, size) in 0..1 of fact rows (B, 8); size is a multiple of 16.
 
@@ -320,15 +324,15 @@ def shift(figure: Tensor, at: Tensor, size: int) -> Tensor:
     b, t = at.shape[:2]
     h = figure.shape[-1]
     lines = torch.arange(size) + 0.5
-    grid = torch.stack(torch.broadcast_tensors(
-        lines - at[..., 0, None, None], lines[:, None] - at[..., 1, None, None]), -1) / h * 2 - 1  # fmt: skip
+    x, y = at[..., None, None].unbind(-3)
+    grid = torch.stack(torch.broadcast_tensors(lines - x, lines[:, None] - y), -1) / h * 2 - 1
     wide = figure.repeat_interleave(t, 0)
     return F.grid_sample(wide, grid.flatten(0, 1), align_corners=False).unflatten(0, (b, t))
 
 
 # %%
 def motion_scope(video: Tensor) -> Tensor:
-    """f_ms (B,): mean optical-flow magnitude of videos (B, T, 3, S, S) in 0..1, in pixels of a 480-line picture.
+    """f_ms (B,): mean optical flow of videos (B, T, 3, S, S) in 0..1, in pixels of a 480-line picture.
 
     The mean goes over pixels that change between two frames (the figure is a small part of these pictures).
     Dense inverse search (OpenCV) on frames enlarged to 64 lines. Raises ValueError on NaN or a single frame.
@@ -436,19 +440,21 @@ def foreground(video: Tensor, room: Tensor) -> Tensor:
     return (ink - 0.06).clamp_min(0) * (band & near)
 
 
+# %%
 def aligned(video: Tensor, ink: Tensor) -> tuple[Tensor, Tensor]:
-    """(mean picture (B, 3, 8, 8) of the figure, its centre moved to (4, 4) in every frame; centres (B, T, 2))."""
+    """(mean picture (B, 3, 8, 8) of the figure, its centre moved to (4, 4); its centres (B, T, 2))."""
     centre = centroids(ink)
     lines = torch.arange(8, device=video.device) - 3.5
-    grid = torch.stack(torch.broadcast_tensors(
-        lines + centre[..., 0, None, None], lines[:, None] + centre[..., 1, None, None]), -1) / 8 - 1  # fmt: skip
+    x, y = centre[..., None, None].unbind(-3)
+    grid = torch.stack(torch.broadcast_tensors(lines + x, lines[:, None] + y), -1) / 8 - 1
     patch = F.grid_sample(video.flatten(0, 1), grid.flatten(0, 1), padding_mode="border", align_corners=False)
     return patch.unflatten(0, video.shape[:2]).mean(1), centre
 
 
+# %%
 @functools.cache
 def templates(device: str = "cpu") -> Tensor:
-    """Aligned figures (wall and light 12, pose, character and outfit 120, 192) that a reading is compared with."""
+    """Aligned figures (light and wall 12, pose, character and outfit 120, 192) to compare with."""
     out = []
     for light, wall in itertools.product(range(2), range(6)):
         rows = torch.zeros(1, 8, dtype=torch.long)
@@ -483,8 +489,9 @@ def read_shots(video: Tensor) -> tuple[Tensor, Tensor]:
         [still[:, :, 4:13, 0], still[:, :, 4:13, 15], still[:, :, 0, 1:6], still[:, :, 0, 10:15]], 2
     )
     facts[:, 4], sure2 = nearest(wall.mean(2), WALLS.to(device)[None] * dim)
-    rooms = background(facts.repeat_interleave(8, 0).cpu().index_copy(
-        1, torch.tensor([5]), torch.arange(8).repeat(b)[:, None])).to(device).unflatten(0, (b, 8))  # fmt: skip
+    guesses = facts.cpu().repeat_interleave(8, 0)
+    guesses[:, 5] = torch.arange(8).repeat(b)
+    rooms = background(guesses).to(device).unflatten(0, (b, 8))
     corners = lambda x: torch.cat([x[..., 1:4, 1:4], x[..., 1:4, 12:15]], -1).flatten(-3)  # noqa: E731
     facts[:, 5], sure3 = nearest(corners(still), corners(rooms))
     room = rooms[torch.arange(b), facts[:, 5]]
@@ -507,6 +514,7 @@ def read_shots(video: Tensor) -> tuple[Tensor, Tensor]:
     return facts, worst < LEGIBLE
 
 
+# %%
 LEGIBLE = 0.7  # distance to the nearest choice over that to the second; 1 is a mixture of two
 
 
@@ -601,8 +609,8 @@ class ShotEncoder(nn.Module):
 # NBVAL_CHECK_OUTPUT
 tiny_encoder = ShotEncoder(3, 5, 8, n_text=2, n_vision=3).double()
 tokens = tiny_encoder(torch.ones(1, 2, 3).double(), torch.arange(15).view(1, 3, 5).double())
-print("shape", tuple(tokens.shape), "| mean", f"{tokens.mean(2).abs().max():.4f}", "| text first:",
-      bool(torch.equal(tokens[0, 0], tokens[0, 1])) and not bool(torch.equal(tokens[0, 2], tokens[0, 3])))  # fmt: skip
+print("shape", tuple(tokens.shape), "| largest mean of a token", f"{tokens.mean(2).abs().max():.4f}")
+print("equal neighbours:", [bool(torch.equal(tokens[0, i], tokens[0, i + 1])) for i in range(4)])
 
 # %% [markdown]
 # :::{dropdown} Where these values come from
@@ -634,9 +642,12 @@ def motion_ids(facts: Tensor, n_text: int) -> Tensor:
 
 
 # %%
+CLIP_SIZE = dict(hidden_size=64, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4)
+
+
 class ShotDecoder(nn.Module):
-    """Everything around the video transformer: T5 for the motion prompt, CLIP for the first frame, `ShotEncoder`
-    and a `CogVideoXTransformer3DModel` whose text tokens are s_a and whose `ofs` input is the motion scope.
+    """T5 for the motion prompt, CLIP for the first frame, `ShotEncoder`, and a CogVideoX transformer whose
+    text tokens are s_a and whose `ofs` input is the motion scope.
 
     size: pixels, width, heads, depth, patch, n_text, plus `scope` (False: the ablation without f_ms).
     """
@@ -646,9 +657,7 @@ class ShotDecoder(nn.Module):
         s, width, heads = size["pixels"], size["width"], size["heads"]
         self.scope, self.n_text, self.pixels = scope, size["n_text"], s
         self.text = cogvideox.text_encoder(16, 32, depth=1, heads=2, feed_forward_proj="relu")
-        self.vision = CLIPVisionModel(CLIPVisionConfig(
-            hidden_size=64, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
-            image_size=s, patch_size=s // 4))  # fmt: skip
+        self.vision = CLIPVisionModel(CLIPVisionConfig(**CLIP_SIZE, image_size=s, patch_size=s // 4))
         self.encoder = ShotEncoder(32, 64, width, self.n_text, 16)
         net = cogvideox.transformer(
             channels=48, frames=FRAMES, height=s // 4, width=s // 4, text_length=self.n_text + 16,
@@ -667,7 +676,7 @@ class ShotDecoder(nn.Module):
         return self.diffusion.transformer
 
     def features(self, ids: Tensor, frame: Tensor) -> tuple[Tensor, Tensor]:
-        """T5 states (B, n_text, 32) of prompt ids, CLIP patch states (B, 16, 64) of frames, next-to-last layer."""
+        """T5 states (B, n_text, 32) of prompts, CLIP patch states (B, 16, 64), next-to-last layer."""
         seen = self.vision(pixel_values=2 * frame - 1, output_hidden_states=True)
         return self.text(input_ids=ids).last_hidden_state, seen.hidden_states[-2][:, 1:]
 
@@ -681,25 +690,30 @@ class ShotDecoder(nn.Module):
         zeros = [weight.new_zeros(batch, n, d) for n, d in ((self.n_text, 32), (16, 64))]
         return self.encoder(*zeros)
 
-    def inputs(self, s_a: Tensor, f_ms: Tensor | None) -> dict[str, Tensor]:
-        """Further inputs of the transformer: f_ms (B,) as `ofs`, which joins the timestep embedding."""
-        n = (self.n_text + 16, self.encoder.dim)
-        if s_a.ndim != 3 or s_a.shape[1:] != n:
-            raise ValueError(f"s_a: (B, {n[0]}, {n[1]}) is accepted, not {tuple(s_a.shape)}")
-        if f_ms is None or f_ms.shape != s_a.shape[:1] or not bool((f_ms >= 0).all()):
-            raise ValueError(f"f_ms: {len(s_a)} values of 0 or more are accepted, not {f_ms}")
-        return {"ofs": f_ms} if self.scope else {}
+
+# %%
+def scope_input(decoder, s_a: Tensor, f_ms: Tensor) -> dict[str, Tensor]:
+    """Further input of the transformer: f_ms (B,) as `ofs`, which joins the timestep embedding.
+
+    Raises ValueError for s_a of another shape than (B, N, D) and for f_ms that is negative or not (B,).
+    """
+    n, d = decoder.n_text + decoder.encoder.n_vision, decoder.encoder.dim
+    if s_a.ndim != 3 or s_a.shape[1:] != (n, d):
+        raise ValueError(f"s_a: (B, {n}, {d}) is accepted, not {tuple(s_a.shape)}")
+    if f_ms.shape != s_a.shape[:1] or not bool((f_ms >= 0).all()):
+        raise ValueError(f"f_ms: {len(s_a)} values of 0 or more are accepted, not {f_ms}")
+    return {"ofs": f_ms} if decoder.scope else {}
 
 
 # %%
 def decoder_loss(decoder, video: Tensor, s_a: Tensor, f_ms: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-    """Mean squared error of the velocity at timesteps t (B,), noise like the latents of `video` (B, T, 3, S, S).
+    """Squared error of the velocity of `video` (B, T, 3, S, S) at timesteps t (B,), noise like its latents.
 
     Raises ValueError for s_a of another shape, a negative f_ms, and a video that is not finite.
     """
     if not torch.isfinite(video).all():
         raise ValueError("video: finite values are accepted")
-    model, extra = decoder.diffusion, decoder.inputs(s_a, f_ms)
+    model, extra = decoder.diffusion, scope_input(decoder, s_a, f_ms)
     latents = model.codec.encode(video)
     return cogvideox.velocity_loss(model, latents, s_a, timesteps=t, noise=noise, **extra)
 
@@ -707,11 +721,11 @@ def decoder_loss(decoder, video: Tensor, s_a: Tensor, f_ms: Tensor, t: Tensor, n
 @torch.no_grad()
 def decode(decoder, s_a: Tensor, f_ms: Tensor, steps: int = 20, guidance: float = 1.5,
            generator: torch.Generator | None = None) -> Tensor:  # fmt: skip
-    """Videos (B, T, 3, S, S) in 0..1 of shots s_a (B, N, D) at motion scopes f_ms (B,), by DDIM with guidance.
+    """Videos (B, T, 3, S, S) in 0..1 of shots s_a (B, N, D) at motion scopes f_ms (B,): DDIM, guidance.
 
     The unconditional branch sees the encoder of zeros and the same f_ms. Raises ValueError like the loss.
     """
-    extra = decoder.inputs(s_a, f_ms)
+    extra = scope_input(decoder, s_a, f_ms)
     z = cogvideox.sample(decoder.diffusion, s_a, steps=steps, guidance_scale=guidance, uncond=decoder.null(1),
                          generator=generator, **extra)  # fmt: skip
     return decoder.diffusion.codec.decode(z).clamp(0, 1)
@@ -731,7 +745,7 @@ def shot_pool(n: int, size: int, seed: int) -> dict[str, Tensor]:
 def train_decoder_steps(
     decoder, pool: dict[str, Tensor], steps: int, batch: int, lr: float, seed: int
 ) -> list[float]:
-    """Phase (a): encoder parts and transformer together; a tenth of the conditions are zeros. Returns losses."""
+    """Phase (a): encoder parts and transformer together, a tenth of the conditions zero. Returns losses."""
     device = next(decoder.parameters()).device
     rng = torch.Generator().manual_seed(seed)
     pool = {k: v.to(device) for k, v in pool.items()}
@@ -761,7 +775,8 @@ def train_decoder_steps(
 # A turn is written as
 #
 # `<TURN>` instruction
-# `<img><frame><frame_0>…<frame_N-1></frame></img><ML>`$\cdot$`</ML><SC>`$\cdot$`</SC><ET>`$\cdot$`</ET><ST>`$\cdot$`</ST></TURN>`
+# `<img><frame><frame_0>…<frame_N-1></frame></img>`
+# `<ML>`$\cdot$`</ML><SC>`$\cdot$`</SC><ET>`$\cdot$`</ET><ST>`$\cdot$`</ST></TURN>`
 #
 # with the motion level (ML) and the **increments** of social, entertainment and stamina values as special
 # tokens `<Strength_-5>` … `<Strength_5>`. In turns of the past, the embeddings of the frame tokens are
@@ -780,12 +795,15 @@ STAMINA = dict(walk=-1, run=-2, jump=-2, fly=-2, dance=-1, sit=2, lie=3), dict(b
 
 
 def base_increments(motion: int, place: int, light: int) -> list[int]:
-    """(social, entertainment, stamina) of a turn without history: motion + place, quiet at night, in -5..5."""
+    """(social, entertainment, stamina) of a turn without history: motion + place, quiet at night."""
     m, p = MOTIONS[motion], PLACES[place]
     soc, fun, sta = (
         of_motion.get(m, 0) + of_place.get(p, 0) for of_motion, of_place in (SOCIAL, FUN, STAMINA)
     )
     return [int(np.clip(v, -5, 5)) for v in (soc - light, fun, sta)]
+
+
+TABLE = [[[base_increments(m, p, d) for d in range(2)] for p in range(8)] for m in range(8)]
 
 
 def increments(motions: Sequence[int], place: int, light: int) -> list[int]:
@@ -794,13 +812,13 @@ def increments(motions: Sequence[int], place: int, light: int) -> list[int]:
     The same motion twice running: entertainment - 1. Three strenuous turns before this one: its cost of
     stamina doubles.
     """
-    soc, fun, sta = base_increments(motions[-1], place, light)
+    soc, fun, sta = TABLE[motions[-1]][place][light]
     if len(motions) > 1 and motions[-1] == motions[-2]:
         fun -= 1
     hard = [MOTIONS[m] in STRENUOUS for m in motions[-4:]]
     if len(hard) == 4 and all(hard) and sta < 0:
         sta *= 2
-    return [int(np.clip(v, -5, 5)) for v in (soc, fun, sta)]
+    return [min(5, max(-5, v)) for v in (soc, fun, sta)]
 
 
 # %%
@@ -814,6 +832,7 @@ class Games(NamedTuple):
     kind: Tensor
 
 
+# %%
 def make_games(n: int, turns: int, seed: int, places: int = 3, longest: int = 99) -> Games:
     """Games with one character, its outfit, and `places` places whose wall and prop are drawn once per game.
 
@@ -844,14 +863,15 @@ def make_games(n: int, turns: int, seed: int, places: int = 3, longest: int = 99
             kind[g, t] = 0 if at not in seen else 1 if gap == 1 else 2 if gap <= 3 else 3
             seen[at] = t
             values[g, t] = increments(motions, own[at], light)
-            ruled[g, t] = list(values[g, t]) != base_increments(motions[-1], own[at], light)
+            ruled[g, t] = list(values[g, t]) != TABLE[motions[-1]][own[at]][light]
     return Games(*map(torch.from_numpy, (facts, values, ruled, kind)))
 
 
 def instruction_of(row: Sequence[int]) -> str:
     """What the player types for a turn: everything but the hidden appearance."""
     c, _, p, d, _, _, m, level = row
-    return f"Character: {CHARACTERS[c]}; Motion: {ADVERBS[level]} {MOTIONS[m]}; Background: {LIGHTS[d]} {PLACES[p]}."
+    does, where = f"{ADVERBS[level]} {MOTIONS[m]}", f"{LIGHTS[d]} {PLACES[p]}"
+    return f"Character: {CHARACTERS[c]}; Motion: {does}; Background: {where}."
 
 
 # %%
@@ -872,6 +892,7 @@ FIELDS_OF_STATE = dict(zip(("ML", "SC", "ET", "ST"), GameState._fields, strict=T
 TEMPLATE = re.compile(r"Character: (\w+); Motion: (\w+) (\w+); Background: (\w+) (\w+)\.")
 
 
+# %%
 def state_text(state: GameState) -> str:
     """The state as tokens. Raises ValueError for a level outside 1..5 or an increment outside -5..5."""
     for name, value in zip(FIELDS_OF_STATE, state, strict=True):
@@ -924,8 +945,8 @@ def check_tokenizer(tokenizer, n_query: int) -> None:
 
 
 class TurnSequence(NamedTuple):
-    """One prompt: ids (L,), slots of each history shot (h, N), of the queries (N,), of the four state values of
-    the current turn (4,) or empty, labels (L,) with -100 where no token is predicted."""
+    """One prompt: ids (L,), slots of history shots (h, N) and queries (N,), of the current turn's four state
+    values (4,) or empty, labels (L,) with -100 where no token is predicted."""
 
     input_ids: Tensor
     history_slots: Tensor
@@ -961,12 +982,13 @@ def turn_ids(
     return ids, first, [i for i, token in enumerate(ids) if token in strengths]
 
 
+# %%
 def build_sequence(history: Sequence[tuple[str, GameState]], instruction: str, tokenizer, n_query: int,
                    state: GameState | None = None, window: int = 4) -> TurnSequence:  # fmt: skip
     """Tokens of the last `window` (instruction, state) turns and of the current one.
 
     Without `state` it ends where the state is to be generated. Labels: the state of the current turn and its
-    structure tokens. Raises ValueError for an empty or malformed instruction, a state out of range, window < 1.
+    structure tokens. Raises ValueError for a malformed instruction, a state out of range, window < 1.
     """
     if window < 1:
         raise ValueError(f"window={window}: 1 or more is accepted")
@@ -979,11 +1001,13 @@ def build_sequence(history: Sequence[tuple[str, GameState]], instruction: str, t
     labels = torch.full((len(ids) + len(now),), -100)
     after = len(ids) + first + n_query + 2  # behind </frame></img>
     labels[after:] = torch.tensor(now[first + n_query + 2 :], dtype=torch.long)
-    return TurnSequence(
-        torch.tensor(ids + now), torch.stack(slots) if slots else torch.zeros(0, n_query, dtype=torch.long),
-        torch.arange(n_query) + len(ids) + first, torch.tensor(values, dtype=torch.long) + len(ids), labels)  # fmt: skip
+    at = torch.arange(n_query) + len(ids) + first
+    past = torch.stack(slots) if slots else torch.zeros(0, n_query, dtype=torch.long)
+    answer = torch.tensor(values, dtype=torch.long) + len(ids)
+    return TurnSequence(torch.tensor(ids + now), past, at, answer, labels)
 
 
+# %%
 def block_mask(seq_len: int, query_slots: Tensor, pad: Tensor | None = None) -> Tensor:
     """Who sees whom, (B, 1, L, L) bool: everybody the past, queries of one block each other, nobody padding.
 
@@ -1029,8 +1053,13 @@ for row in block_mask(6, torch.tensor([[2, 3, 4]]))[0, 0].int().tolist():
 
 
 # %%
-class GameMLLM(nn.Module):
-    """A `MistralForCausalLM` that reads and predicts shots: projectors for s_a around it.
+def mlp_to(width_in: int, width_out: int) -> nn.Sequential:
+    """The output projector, (H -> H -> D)."""
+    return nn.Sequential(nn.Linear(width_in, width_in), nn.GELU(), nn.Linear(width_in, width_out))
+
+
+class ShotModel(nn.Module):
+    """A `MistralForCausalLM` that reads and writes shots: projectors for s_a around it.
 
     llm: the language model; dim: D of s_a; n_query: N. visual: put projected s_a of history shots into their
     slots (False: text-only history). causal: no bidirectional query block (ablation).
@@ -1064,7 +1093,13 @@ class GameMLLM(nn.Module):
     def read(self, hidden: Tensor, query_slots: Tensor) -> Tensor:
         """s_a (B, N, D): the last hidden state exactly at the query positions, projected."""
         at = query_slots[..., None].expand(-1, -1, hidden.shape[-1])
-        return self.output_projector(hidden.gather(1, at))
+        with torch.autocast(hidden.device.type, enabled=False):  # a squared error in bf16 is noisy
+            return self.output_projector(hidden.gather(1, at).float())
+
+
+# %%
+class GameMLLM(ShotModel):
+    """`ShotModel` with its loss and its two predictions."""
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """loss = ce + mse: next-token cross entropy over labels, squared error of s_a against target_sa."""
@@ -1078,7 +1113,7 @@ class GameMLLM(nn.Module):
 
     @torch.no_grad()
     def predict(self, batch: dict[str, Tensor], new_tokens: int = 12) -> tuple[Tensor, Tensor]:
-        """(s_a (B, N, D) from one pass, ids (B, new_tokens) generated greedily after it, on the same cache)."""
+        """(s_a (B, N, D) from one pass, ids (B, new_tokens) generated greedily after it on its cache)."""
         out = self.hidden(batch, use_cache=True)
         s_a, cache, ids = self.read(out.last_hidden_state, batch["query_slots"]), out.past_key_values, []
         logits = self.llm.lm_head(out.last_hidden_state[:, -1:])
@@ -1099,11 +1134,7 @@ class GameMLLM(nn.Module):
         return parse_state("".join(tokenizer.convert_ids_to_tokens(ids.tolist())))
 
 
-def mlp_to(width_in: int, width_out: int) -> nn.Sequential:
-    """The output projector, (H -> H -> D)."""
-    return nn.Sequential(nn.Linear(width_in, width_in), nn.GELU(), nn.Linear(width_in, width_out))
-
-
+# %%
 def as_batch(
     sequences: Sequence[TurnSequence], history_sa: Tensor, target_sa: Tensor | None = None
 ) -> dict[str, Tensor]:
@@ -1131,6 +1162,7 @@ def make_mllm(
         return GameMLLM(llm, dim, n_query, visual, causal)
 
 
+# %%
 @torch.no_grad()
 def encode_games(decoder, games: Games, seed: int) -> Tensor:
     """s_a (n, k, N, D) of every true shot of games: motion prompt and rendered first frame."""
@@ -1146,37 +1178,48 @@ def encode_games(decoder, games: Games, seed: int) -> Tensor:
 def game_sequences(
     games: Games, turn: int, tokenizer, n_query: int, window: int, states=None, answer: bool = True
 ) -> list[TurnSequence]:
-    """The sequence of every game at `turn` (from 0); `states` (n, k, 4) other than the true ones, if given."""
+    """The sequence of every game at `turn` (from 0); `states` (n, k, 4): other than the true ones."""
     true = torch.cat([games.facts[..., 7:] + 1, games.values], -1)
-    states = true if states is None else states
-    out = []
-    for facts, mine, own in zip(games.facts.tolist(), states.tolist(), true.tolist(), strict=True):
+    told = (true if states is None else states).tolist()
+    first, rows = None, []
+    for facts, mine, own in zip(games.facts.tolist(), told, true[:, turn].tolist(), strict=True):
         history = [
             (instruction_of(facts[t]), GameState(*mine[t])) for t in range(max(0, turn - window), turn)
         ]
-        now = GameState(*own[turn]) if answer else None
-        out.append(
-            build_sequence(history, instruction_of(facts[turn]), tokenizer, n_query, now, max(1, window))
-        )
-    return out
+        now = (instruction_of(facts[turn]), GameState(*own) if answer else None)
+        first = first or build_sequence(history, now[0], tokenizer, n_query, now[1], max(1, window))
+        rows.append([i for text, old in (*history, now) for i in turn_ids(tokenizer, text, n_query, old)[0]])
+    assert first is not None
+    ids = torch.tensor(rows)  # instructions are equally long here: the slots of all games are the first one's
+    labels = torch.where(first.labels >= 0, ids, -100)
+    return [first._replace(input_ids=i, labels=y) for i, y in zip(ids, labels, strict=True)]
 
 
+# %%
 def train_mllm_steps(
-    mllm, decoder, tokenizer, steps: int, batch: int, lr: float, seed: int, history: bool = True
+    mllm, decoder, tokenizer, options: dict, seed: int, history: bool = True
 ) -> list[list[float]]:
-    """Phase (b): the language model and its projectors; the decoder's encoder is frozen. Returns [ce, mse] rows.
+    """Phase (b): language model and projectors, the shot encoder frozen. Returns [ce, mse] rows.
 
-    Every batch holds fresh games of one length, 1 to 5 turns with equal weights (history False: one turn of
-    the same games, without what came before).
+    options: steps, batch, lr, games. Every batch holds games of one length, 1 to 5 turns with equal weights
+    (history False: their last turn alone), from a pool of `games` games; 0: fresh ones.
     """
-    updater = train.Updater(mllm, lr, steps=steps, warmup=max(1, steps // 20), weight_decay=0.01)
+    steps, batch = options["steps"], options["batch"]
+    updater = train.Updater(mllm, options["lr"], steps=steps, warmup=max(1, steps // 20), weight_decay=0.01)
     rng, curve = np.random.default_rng(seed), []
+    pool = make_games(options["games"], 5, 1000 + seed) if options["games"] else None
+    known = encode_games(decoder, pool, seed) if pool else None
 
     def batches():
         for i in range(steps):
             turns = int(rng.integers(1, 6))
-            games = make_games(batch, turns, int(rng.integers(2**31)))
-            s_a = encode_games(decoder, games, i)
+            if pool is None:
+                games = make_games(batch, turns, int(rng.integers(2**31)))
+                s_a = encode_games(decoder, games, i)
+            else:
+                rows = torch.from_numpy(rng.integers(options["games"], size=batch))
+                games = Games(*(field[rows, :turns] for field in pool))
+                s_a = known[rows.to(known.device), :turns]
             window = min(4, turns - 1) if history else 0
             seqs = game_sequences(games, turns - 1, tokenizer, mllm.n_query, window)
             yield as_batch(seqs, s_a[:, turns - 1 - window : turns - 1], s_a[:, turns - 1])
@@ -1209,7 +1252,7 @@ def parameter_hash(module: nn.Module) -> str:
 
 @torch.no_grad()
 def adaptation_data(mllm, decoder, tokenizer, n: int, seed: int, history: bool = True) -> dict[str, Tensor]:
-    """About n training turns: predicted s_a, true videos as bytes, measured f_ms; lengths 1 to 5 in equal parts."""
+    """About n training turns, of games of 1 to 5: predicted s_a, true videos as bytes, measured f_ms."""
     parts: dict[str, list] = {"s_a": [], "video": [], "f_ms": []}
     for turns in range(1, 6):
         games = make_games(max(1, n // 5), turns, seed + turns)
@@ -1226,6 +1269,7 @@ def adaptation_data(mllm, decoder, tokenizer, n: int, seed: int, history: bool =
     return {k: torch.cat(v) for k, v in parts.items()}
 
 
+# %%
 def adapt_decoder(decoder, mllm, data: dict[str, Tensor], steps: int, batch: int = 24, lr: float = 3e-4,
                   seed: int = 0) -> tuple[Any, list[float]]:  # fmt: skip
     """Phase (c): a copy of the decoder, its transformer fine-tuned on `data`; returns it and the losses.
@@ -1266,17 +1310,15 @@ def adapt_decoder(decoder, mllm, data: dict[str, Tensor], steps: int, batch: int
 class Game:
     """A running game: `step(instruction)` -> (video (T, 3, S, S), GameState).
 
-    window: turns of history in the context. `values` are social, entertainment, stamina, clamped to 0..100.
-    Raises ValueError for window < 1.
+    window: turns of history in the context. sampling: steps and guidance of `decode`. `values` are social,
+    entertainment, stamina, clamped to 0..100. Raises ValueError for window < 1.
     """
 
-    def __init__(
-        self, mllm, decoder, tokenizer, window: int = 4, steps: int = 20, guidance: float = 1.5, seed: int = 0
-    ):
+    def __init__(self, mllm, decoder, tokenizer, window: int = 4, seed: int = 0, **sampling: Any) -> None:
         if window < 1:
             raise ValueError(f"window={window}: 1 or more is accepted")
         self.mllm, self.decoder, self.tokenizer, self.window = mllm, decoder, tokenizer, window
-        self.options, self.seed = dict(steps=steps, guidance=guidance), seed
+        self.sampling, self.seed = sampling, seed
         self.reset()
 
     def reset(self) -> None:
@@ -1302,7 +1344,7 @@ class Game:
         s_a, ids = self.mllm.predict(as_batch([seq], history[None]))
         state = parse_state("".join(self.tokenizer.convert_ids_to_tokens(ids[0].tolist())))
         scope = torch.tensor([level_value(state.level)], device=s_a.device)
-        video = decode(self.decoder, s_a, scope, generator=self.generator, **self.options)[0]
+        video = decode(self.decoder, s_a, scope, generator=self.generator, **self.sampling)[0]
         self.see(instruction, state, s_a[0])
         return video, state
 
@@ -1460,7 +1502,7 @@ def score_states(games: Games, states: Tensor) -> np.ndarray:
 
 
 def film(video: Tensor, games: Games, turns: int, first: int = 1) -> np.ndarray:
-    """Videos of game 0's turns after the given one as bytes (turns, T, 3, S, S), coarse colours (for files)."""
+    """Videos of game 0 after the given turn as bytes (turns, T, 3, S, S), coarse colours (small files)."""
     return ((video[: turns - first] * 255).round().byte() & 0xF8).numpy()
 
 
@@ -1478,19 +1520,18 @@ def make_arm(arm: str, lm_size: dict, size: dict, seed: int) -> tuple[Any, Any, 
     return model.to(run.device), tokenizer, 0 if arm == "no_history" else 4
 
 
+# %%
 def play_arm(arm: str, seed: int, size: dict, lm_size: dict, mllm: dict, adapt: dict, test: dict, long: dict,
              trained: Any, from_checkpoint: bool) -> dict[str, Any]:  # fmt: skip
-    """Phases (b) and (c) of one arm and seed, then its games: rows of `score` with the adapted and the unadapted
-    decoder and in a rollout, of `score_states`; first turns without any picture; for `full` a long game."""
+    """Phases (b) and (c) of one arm and seed, then its games: rows of `score` (adapted decoder) and of
+    `score_states`; for `full` also the unadapted decoder, rollouts, first turns and a long game."""
     decoder = load(ShotDecoder(size), trained["weights"])
     model, tokenizer, window = make_arm(arm, lm_size, size, seed)
     if from_checkpoint:
         own = {"full": readrun.asset("animegamer/full.safetensors"),
                "text_only": readrun.asset("animegamer/text_only.safetensors")}[arm]  # fmt: skip
         load(model, load_file(own)).requires_grad_(True)
-    curve = train_mllm_steps(
-        model, decoder, tokenizer, mllm["steps"], mllm["batch"], mllm["lr"], seed, window > 0
-    )
+    curve = train_mllm_steps(model, decoder, tokenizer, mllm, seed, window > 0)
     model.requires_grad_(False)
     data = adaptation_data(model, decoder, tokenizer, adapt["games"], seed, window > 0)
     adapted, losses = adapt_decoder(decoder, model, data, adapt["steps"], adapt["batch"], adapt["lr"], seed)
@@ -1545,7 +1586,7 @@ def console(model, adapted, decoder, tokenizer, test: dict, seed: int) -> np.nda
 
 # %%
 def long_play(model, adapted, decoder, tokenizer, long: dict, seed: int) -> dict[str, Any]:
-    """hidden accuracy per game, early (turns 2-5) and late, of rollouts with a window of 4 and with everything.
+    """Hidden accuracy per game, early (turns 2-5) and late, in rollouts with a window of 4 and of all.
 
     Two places, never left for more than two turns, so that a window of 4 always holds the answer.
     """
@@ -1566,8 +1607,8 @@ def long_play(model, adapted, decoder, tokenizer, long: dict, seed: int) -> dict
 
 # %%
 def copy_arm(size: dict, test: dict, trained: Any, seed: int = 0) -> dict[str, Any]:
-    """The decoder on true tokens (`truth`), and on copies: of the previous true shot, and in a rollout of whatever
-    was shown before (first visits given). True level in all of them."""
+    """The decoder on true tokens (`truth`) and on copies: of the previous true shot, and (rollout) of what
+    was shown before, first visits given. True levels in all."""
     decoder = load(ShotDecoder(size), trained["weights"])
     games, n = make_games(test["games"], test["turns"], TEST_SEED), size["n_text"]
     true_sa, levels = encode_games(decoder, games, 0), games.facts[..., 7] + 1
@@ -1591,8 +1632,8 @@ def copy_arm(size: dict, test: dict, trained: Any, seed: int = 0) -> dict[str, A
 def scope_arm(
     scope: bool, size: dict, decoder: dict, test: dict, trained: Any, seed: int = 0
 ) -> dict[str, Any]:
-    """Requested and measured levels (n, 2) on true tokens, and one shot at five levels; without the scope a second
-    decoder is trained first, in the same way."""
+    """Requested and measured levels (n, 2) on true tokens, and one shot at five levels; without the scope a
+    second decoder is trained first, in the same way."""
     if scope:
         model = load(ShotDecoder(size), trained["weights"])
     else:
@@ -1660,7 +1701,7 @@ TURN_TOKENS = 24  # of a turn beside its queries: instruction, marks, state
 
 
 def bench_shot(speed: dict) -> dict[str, Any]:
-    """Milliseconds of predicting a shot (history included): one pass, autoregressive steps; of a state token."""
+    """Milliseconds of a shot (history included), in one pass and step by step; of a state token."""
     tiny, n = speed["tiny"], 16 if speed["tiny"] else 226
     small = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
                  num_key_value_heads=2, vocab_size=100) if tiny else {}  # fmt: skip
@@ -1691,9 +1732,9 @@ def bench_shot(speed: dict) -> dict[str, Any]:
 
 # %%
 def bench_decoder(speed: dict) -> dict[str, Any]:
-    """Milliseconds and operations of one guided denoising step (batch 2), beside the matrix-product ceiling."""
-    small = dict(num_attention_heads=2, attention_head_dim=16, num_layers=2, text_embed_dim=32, sample_width=8,
-                 sample_height=8) if speed["tiny"] else {}  # fmt: skip
+    """Milliseconds and operations of a guided denoising step (batch 2), and the matrix-product ceiling."""
+    small = dict(num_attention_heads=2, attention_head_dim=16, num_layers=2, text_embed_dim=32)
+    small = small | dict(sample_width=8, sample_height=8) if speed["tiny"] else {}
     config = COGVIDEOX_2B | small
     kind = torch.bfloat16 if run.device == "cuda" else torch.float32
     net = bench.random_model(cogvideox.Transformer, config, kind, run.device)
@@ -1723,7 +1764,8 @@ def bench_decoder(speed: dict) -> dict[str, Any]:
 
 # %%
 def bench_window(size: dict, lm_size: dict, long: dict, repeats: int) -> dict[str, Any]:
-    """Milliseconds of predicting the last turn of a long game with 4 turns of history, and with all of them."""
+    """Milliseconds of predicting the last turn of a long game, with 4 turns of history and with all:
+    the pass and four state tokens."""
     model, tokenizer, _ = make_arm("full", lm_size, size, 0)
     games, found = make_games(4, long["turns"], 1, places=2, longest=2), {}
     sa = torch.randn(4, long["turns"], size["n_text"] + 16, size["width"], device=run.device)
@@ -1733,8 +1775,9 @@ def bench_window(size: dict, lm_size: dict, long: dict, repeats: int) -> dict[st
             game_sequences(games, turn, tokenizer, model.n_query, window, answer=False),
             sa[:, turn - window : turn],
         )
-        found[name] = np.array([bench.time(lambda b=batch: model.predict(b), warmup=1, repeat=3, device=run.device).median_ms
-                                for _ in range(repeats)])  # fmt: skip
+        call = functools.partial(model.predict, batch, 4)
+        times = [bench.time(call, warmup=1, repeat=3, device=run.device).median_ms for _ in range(repeats)]
+        found[name] = np.array(times)
     return found
 
 
@@ -1752,7 +1795,7 @@ timed = {
 def add(
     metrics: dict, arrays: dict, metric: str, arm: str, rows: np.ndarray, values: np.ndarray, seed: int
 ) -> None:
-    """Append values of (game, turn) rows with their identifiers; ours, listed first, also labels the games."""
+    """Append values of (game, turn) rows with identifiers, by which arms pair."""
     ids = (seed * 1000 + rows[:, 0]) * 100 + rows[:, 1]
     metrics.setdefault(metric, {}).setdefault(arm, []).extend(values.astype(float).round(5).tolist())
     key = f"seeds/{metric}/{arm}"
@@ -1840,8 +1883,11 @@ def gather_rest(metrics: dict, arrays: dict) -> None:
     if timed["shot"].done:
         metrics["shot_ms"] = {k: timed["shot"][k].tolist() for k in ("autoregressive", "one_pass")}
     if timed["shot"].done and timed["decoder"].done:
-        parts = {"shot": float(np.median(timed["shot"]["one_pass"])), "states": 12 * timed["shot"]["token_ms"],
-                 "video": 50 * float(np.median(timed["decoder"]["ms"]))}  # fmt: skip
+        parts = {
+            "shot": float(np.median(timed["shot"]["one_pass"])),
+            "states": 12 * timed["shot"]["token_ms"],
+        }
+        parts["video"] = 50 * float(np.median(timed["decoder"]["ms"]))
         arrays |= {f"turn_ms/{k}": np.array(v) for k, v in parts.items()}
         metrics["mllm_share"] = {"turn": [1 - parts["video"] / sum(parts.values())]}
         if timed["decoder"]["matmul_tflop_s"]:
@@ -1873,18 +1919,25 @@ def mean_of(results, metric: str, arm: str) -> float | None:
 
 def gate_rows(results) -> list[dict]:
     """Each stand-in's score beside what a trivial predictor, the gate and a perfect one have."""
-    rows = [("reader", "reader_accuracy", "rendered", 0.0, 1.0), ("decoder on true tokens", "hidden_accuracy", "truth", 0.153, 0.9),
-            ("predicted shots: place, character", "instruction_accuracy", "full", 0.19, 0.9),
-            ("states of plain turns", "acc_s_plain", "full", 0.25, 0.9)]  # fmt: skip
-    return [{"stand-in": name, "floor": floor, "gate": gate, "measured": mean_of(results, metric, arm), "ceiling": 1.0}
-            for name, metric, arm, floor, gate in rows]  # fmt: skip
+    rows = (
+        ("reader", "reader_accuracy", "rendered", 0.0, 1.0),
+        ("decoder on true tokens", "hidden_accuracy", "truth", 0.153, 0.9),
+        ("predicted shots: place, character", "instruction_accuracy", "full", 0.19, 0.9),
+        ("states of plain turns", "acc_s_plain", "full", 0.25, 0.9),
+    )
+    names = ("stand-in", "measured", "floor", "gate", "ceiling")
+    return [
+        dict(zip(names, (name, mean_of(results, metric, arm), floor, gate, 1.0), strict=True))
+        for name, metric, arm, floor, gate in rows
+    ]
 
 
 def score_rows(results) -> list[dict]:
     """Means of the scores by arm."""
-    columns = {"hidden": "hidden_accuracy", "return": "return_accuracy", "stay": "stay_accuracy", "rollout, return":
-               "rollout_return_accuracy", "legible": "legible", "place, character": "instruction_accuracy",
-               "first-frame error": "decoded_mse", "states": "acc_s_plain", "history-rule states": "acc_s"}  # fmt: skip
+    columns = {"hidden": "hidden_accuracy", "return": "return_accuracy", "stay": "stay_accuracy",
+               "rollout, return": "rollout_return_accuracy", "legible": "legible",
+               "place, character": "instruction_accuracy", "first-frame error": "decoded_mse",
+               "states": "acc_s_plain", "history-rule states": "acc_s"}  # fmt: skip
     names = ("truth", "full", "full_unadapted", "text_only", "no_history", "causal", "copy")
     rows = [{"arm": a} | {k: mean_of(results, m, a) for k, m in columns.items()} for a in names]
     return [row for row in rows if any(v is not None for v in list(row.values())[1:])]
@@ -1909,44 +1962,38 @@ KINDS = ("new", "stay", "return", "return late")
 PANELS = ("drawn", "full", "text_only", "copy")
 
 
-def game_frames(results, names: Sequence[str], scale: int = 0) -> tuple[list[np.ndarray], str]:
-    """(all frames of a game's turns, panels side by side, with state drawn on them; what they show in words)."""
+def tile(picture: np.ndarray, scale: int) -> np.ndarray:
+    """Bytes (3, S, S) as an enlarged picture (H, W, 3) with a white border."""
+    big = picture.transpose(1, 2, 0).repeat(scale, 0).repeat(scale, 1)
+    return np.pad(big, ((2, 2), (2, 2), (0, 0)), constant_values=255)
+
+
+def write(picture: np.ndarray, words: str, x: int, y: int) -> None:
+    """Small black letters on a picture."""
     import cv2
 
-    films = [results.arrays[f"film/{n}"] for n in names]
-    scale = scale or 144 // films[0].shape[-1]
-    facts = results.arrays["facts"]
-    told = results.arrays["told/full"]
-    games = make_games(1, len(facts), TEST_SEED)
+    cv2.putText(picture, words, (x, y), cv2.FONT_HERSHEY_SIMPLEX, 0.4, (0, 0, 0), 1)
+
+
+def game_frames(results, names: Sequence[str]) -> tuple[list[np.ndarray], str]:
+    """(all frames of a game, panels side by side, state drawn on them; what they show in words)."""
+    films, facts = [results.arrays[f"film/{n}"] for n in names], results.arrays["facts"]
+    told, games = results.arrays["told/full"], make_games(1, len(facts), TEST_SEED)
     values, frames, words = np.full(3, 50), [], []
-    for i in range(len(films[0])):
-        values = np.clip(values + 5 * np.where(np.abs(told[i + 1, 1:]) > 5, 0, told[i + 1, 1:]), 0, 100)
-        kind, text = KINDS[int(games.kind[0, i + 1])], instruction_of(facts[i + 1])
-        words.append(f"turn {i + 2} ({kind}): {text}")
+    for i, row in enumerate(facts[1 : 1 + len(films[0])], 1):
+        gained = np.where(np.abs(told[i, 1:]) > 5, 0, told[i, 1:])
+        values = np.clip(values + 5 * gained, 0, 100)
+        words.append(f"turn {i + 1}, {KINDS[int(games.kind[0, i])]}: {instruction_of(row)}")
         for t in range(FRAMES):
-            tiles = [np.kron(f[i, t].transpose(1, 2, 0), np.ones((scale, scale, 1), np.uint8)) for f in films]
-            top = np.concatenate(
-                [np.pad(x, ((18, 0), (2, 2), (0, 0)), constant_values=255) for x in tiles], 1
-            )
-            foot = np.full((44, top.shape[1], 3), 255, np.uint8)
+            picture = np.concatenate([tile(f[i - 1, t], 144 // f.shape[-1]) for f in films], 1)
+            picture = np.pad(picture, ((18, 44), (0, 0), (0, 0)), constant_values=255)
             for j, name in enumerate(names):
-                cv2.putText(
-                    top,
-                    name.replace("_", "-"),
-                    (j * tiles[0].shape[1] + 4 * j + 6, 13),
-                    cv2.FONT_HERSHEY_SIMPLEX,
-                    0.4,
-                    (0, 0, 0),
-                    1,
-                )
-            cv2.putText(foot, words[-1].replace("Character: ", "").replace("Motion: ", "").replace("Background: ", ""),
-                        (4, 14), cv2.FONT_HERSHEY_SIMPLEX, 0.4, (0, 0, 0), 1)  # fmt: skip
+                write(picture, name.replace("_", "-"), 148 * j + 6, 13)
+            write(picture, re.sub("Character: |Motion: |Background: ", "", words[-1]), 4, len(picture) - 28)
             for j, (name, v) in enumerate(zip(VALUES, values, strict=True)):
-                cv2.putText(
-                    foot, f"{name[:3]} {v}", (4 + 150 * j, 36), cv2.FONT_HERSHEY_SIMPLEX, 0.4, (0, 0, 0), 1
-                )
-                foot[28:38, 58 + 150 * j : 58 + 150 * j + int(v * 0.8)] = (0, 114, 178)
-            frames.append(np.concatenate([top, foot]))
+                write(picture, f"{name[:3]} {v}", 4 + 140 * j, len(picture) - 8)
+                picture[-16:-6, 58 + 140 * j : 58 + 140 * j + int(v * 0.7)] = (0, 114, 178)
+            frames.append(picture)
     return frames, "; ".join(words)
 
 
@@ -1957,8 +2004,10 @@ def show_game(results, file: str):
     if not {"drawn", "full"} <= set(names):
         return tables.grid([{"game": "not measured in this run"}])
     frames, words = game_frames(results, names)
-    return media.clip(run, file, frames, fps=6, alt=f"A game as looping video, panels {', '.join(names)}. {words}.",
-                      caption=f"Profile {results.profile}: {len(frames)} frames, true history. {', '.join(names)}.")  # fmt: skip
+    return media.clip(
+        run, file, frames, fps=6, alt=f"A game as looping video, panels {', '.join(names)}. {words}.",
+        caption=f"Profile {results.profile}: {len(frames)} frames, true history. {', '.join(names)}.",
+    )  # fmt: skip
 
 
 show_game(here, "game.webm")
@@ -1987,7 +2036,10 @@ def draw_turns(results):
     return figure
 
 
-TURNS_ALT = "Hidden-appearance accuracy against the turn, on return turns (left) and stay turns (right), one line per arm, with two standard errors; the thin line is chance."
+TURNS_ALT = (
+    "Hidden-appearance accuracy against the turn, on return turns (left) and stay turns (right), one line "
+    "per arm, with two standard errors; the thin line is chance."
+)
 plots.show(
     draw_turns(here), alt=f"This run. {TURNS_ALT}", caption=f"Profile {here.profile}. Thin line: chance."
 )
@@ -2014,7 +2066,10 @@ def draw_levels(results):
     return figure
 
 
-LEVELS_ALT = "Confusion matrices of requested against measured motion level; a dark diagonal means that the request was followed."
+LEVELS_ALT = (
+    "Confusion matrices of requested against measured motion level; a dark diagonal means that the request "
+    "was followed."
+)
 plots.show(
     draw_levels(here), alt=f"This run. {LEVELS_ALT}", caption=f"Profile {here.profile}: motion levels."
 )
@@ -2023,22 +2078,19 @@ plots.show(
 # %% tags=["hide-input"]
 def show_levels(results, file: str):
     """The same shot at five requested levels, with the scope and (if trained) without, as a looping clip."""
-    rows = [
-        results.arrays[f"film/five_{n}"]
-        for n in ("with_scope", "without_scope")
-        if f"film/five_{n}" in results.arrays
-    ]
+    keys = [f"film/five_{n}" for n in ("with_scope", "without_scope")]
+    rows = [results.arrays[key] for key in keys if key in results.arrays]
     if not rows:
         return tables.grid([{"motion levels": "not measured in this run"}])
-    scale = 96 // rows[0].shape[-1]
     frames = []
     for t in range(FRAMES):
-        lines = [np.concatenate([np.pad(np.kron(v[t].transpose(1, 2, 0), np.ones((scale, scale, 1), np.uint8)),
-                                        ((2, 2), (2, 2), (0, 0)), constant_values=255) for v in five], 1) for five in rows]  # fmt: skip
+        lines = [np.concatenate([tile(v[t], 96 // v.shape[-1]) for v in five], 1) for five in rows]
         frames.append(np.concatenate(lines))
-    return media.clip(run, file, frames, fps=6, alt="The same shot, a walk at the beach, at requested motion levels 1 to 5 from left to "
-                      "right; upper row with the motion scope, lower row (if shown) without.",
-                      caption=f"Profile {results.profile}: levels 1 to 5 requested of the same tokens.")  # fmt: skip
+    return media.clip(
+        run, file, frames, fps=6, alt="The same shot, a walk at the beach, at requested levels 1 to 5 from "
+        "left to right; upper row with the motion scope, lower row (if shown) without.",
+        caption=f"Profile {results.profile}: levels 1 to 5 requested of the same tokens.",
+    )  # fmt: skip
 
 
 show_levels(here, "levels.webm")
@@ -2060,7 +2112,9 @@ def draw_budget(results):
     return figure
 
 
-BUDGET_ALT = "One bar: milliseconds of a turn, divided into predicting the shot, twelve state tokens and fifty denoising steps."
+BUDGET_ALT = (
+    "One bar: milliseconds of a turn: predicting the shot, twelve state tokens, fifty denoising steps."
+)
 plots.show(
     draw_budget(here),
     alt=f"This run. {BUDGET_ALT}",
@@ -2068,8 +2122,9 @@ plots.show(
 )
 
 # %% tags=["figure", "hide-input"]
-seen_turn = build_sequence([("Character: Mia; Motion: gently sit; Background: day park.", GameState(1, 0, 0, 2))],
-                           "Character: Mia; Motion: wildly fly; Background: night park.", make_tokenizer(20), 20)  # fmt: skip
+past_turn = ("Character: Mia; Motion: gently sit; Background: day park.", GameState(1, 0, 0, 2))
+now = "Character: Mia; Motion: wildly fly; Background: night park."
+seen_turn = build_sequence([past_turn], now, make_tokenizer(20), 20)
 figure, ax = plt.subplots(figsize=(4.6, 4.2))
 length = len(seen_turn.input_ids)
 picture = block_mask(length, seen_turn.query_slots[None])[0, 0].float()
@@ -2080,9 +2135,9 @@ ax.grid(False)
 plots.label(ax, "token that is seen", "token that looks", "past turn, then the current one")
 plots.show(
     figure,
-    alt="The attention mask of a two-turn sequence: a causal triangle, with one full square where the queries of the current "
-    "turn see each other. Columns of the past shot's tokens are lighter.",
-    caption="Attention of one turn: causal, and a full square for the query block. Light columns: tokens of the past shot.",
+    alt="The attention mask of a two-turn sequence: a causal triangle, with one full square where the "
+    "queries of the current turn see each other. Columns of the past shot's tokens are lighter.",
+    caption="Causal attention, a full square for the queries. Light columns: tokens of the past shot.",
 )
 
 # %% [markdown]
@@ -2172,15 +2227,11 @@ GRID_OF_PLAY = {"place": PLACE_NAMES, "motion": CONSOLE_MOTIONS, "adverb": CONSO
 
 
 def draw_console(place: str, motion: str, adverb: str):
-    """Four frames of the predicted shot."""
-    figure, axes = plt.subplots(1, 4, figsize=(7.0, 2.1))
-    at = (PLACE_NAMES.index(place) * 4 + CONSOLE_MOTIONS.index(motion)) * 2 + CONSOLE_ADVERBS.index(adverb)
+    """Four frames of the predicted shot, side by side."""
+    at = list(itertools.product(*GRID_OF_PLAY.values())).index((place, motion, adverb))
     unit = arms[("full", run.seeds[0])]
-    for i, ax in enumerate(axes):
-        if unit.done:
-            ax.imshow(unit["console"][at, i].transpose(1, 2, 0))
-        ax.set(xticks=[], yticks=[], xlabel=f"frame {(1, 3, 5, 8)[i]}", ylabel="picture" if not i else "")
-    return figure
+    frames = unit["console"][at] if unit.done else np.full((4, 3, 16, 16), 255, np.uint8)
+    return np.concatenate([tile(frame, 144 // frame.shape[-1]) for frame in frames], 1)
 
 
 picker.live(draw_console, GRID_OF_PLAY)
@@ -2227,14 +2278,16 @@ def load_released(folder: Path) -> tuple[GameMLLM, Any]:
     return model.eval(), tokenizer
 
 
+# %%
 def load_mllm(path: str, dim: int, n_query: int) -> tuple[GameMLLM, Any]:
     """(model, tokenizer) of a hub id or folder: released weights, or any Mistral made ready for games."""
     folder = Path(path)
     if folder.is_dir() and (
         (folder / "latest").exists() or list(folder.glob("**/mp_rank_*_model_states.pt"))
     ):
-        raise ValueError(f"checkpoint: {path} is a SwissArmyTransformer decoder; no conversion to diffusers exists. "
-                         "Accepted: a Mistral, or a folder with the released language model's pytorch_model.bin")  # fmt: skip
+        wanted = "a Mistral, or a folder with the released language model's pytorch_model.bin"
+        raise ValueError(f"checkpoint: {path} is a SwissArmyTransformer decoder, which has no conversion to "
+                         f"diffusers; accepted: {wanted}")  # fmt: skip
     if (folder / "pytorch_model.bin").exists():
         return load_released(folder)
     try:
@@ -2252,7 +2305,7 @@ def load_mllm(path: str, dim: int, n_query: int) -> tuple[GameMLLM, Any]:
 
 # %%
 def prepare(llm, tokenizer, dim: int, n_query: int) -> GameMLLM:
-    """Give a Mistral the structure tokens and, with peft, LoRA of rank 32 as in the release; base weights frozen."""
+    """Give a Mistral the structure tokens and LoRA of rank 32 as in the release; base weights frozen."""
     from peft import LoraConfig, inject_adapter_in_model
 
     old = len(llm.get_input_embeddings().weight)
@@ -2275,7 +2328,7 @@ def prepare(llm, tokenizer, dim: int, n_query: int) -> GameMLLM:
 
 # %%
 def own_model(path: str, size: dict, steps: int = 3, seed: int = 0) -> dict[str, Any]:
-    """A few steps of phase (b) on a checkpoint (one game at a time), then one turn: losses, state, norm of s_a."""
+    """A few steps of phase (b) on a checkpoint, one game each, then one turn: losses, state, norm of s_a."""
     torch.manual_seed(seed)
     decoder = load(ShotDecoder(size), load_file(readrun.asset("animegamer/decoder.safetensors")))
     released = (Path(path) / "pytorch_model.bin").exists()
@@ -2350,7 +2403,8 @@ def make_checkpoints(folder: str) -> None:
     tokenizer = make_tokenizer(20)
     for arm, steps in (("full", 1100), ("text_only", 450)):
         model = make_mllm(CPU_LM, tokenizer, 96, 20, 0, arm != "text_only", False)
-        train_mllm_steps(model, decoder, tokenizer, steps, 32, 2e-3, 0)
+        options = dict(steps=steps, batch=32, lr=2e-3, games=0)
+        train_mllm_steps(model, decoder, tokenizer, options, 0)
         save_file(halves(model), f"{folder}/{arm}.safetensors")
 
 
