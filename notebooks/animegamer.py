@@ -149,8 +149,8 @@ S = run.settings(
         size=dict(pixels=48, width=256, heads=8, depth=6, patch=2, n_text=8),
         lm_size=dict(width=192, depth=6, heads=6),
         decoder=dict(pool=12000, steps=4000, batch=96, lr=6e-4),
-        mllm=dict(steps=2500, batch=128, lr=1e-3, games=8000),
-        adapt=dict(games=4000, steps=300, batch=96, lr=2e-4),
+        mllm=dict(steps=2500, batch=128, lr=1e-3, games=6000),
+        adapt=dict(games=3000, steps=300, batch=96, lr=2e-4),
         test=dict(games=200, turns=10, steps=20, guidance=1.5, shots=640),
         long=dict(games=32, turns=30, late=20, steps=20, guidance=1.5),
         speed=dict(tiny=False, repeats=30, history=4),
@@ -664,11 +664,10 @@ class ShotDecoder(nn.Module):
             text_width=width, hidden=width, depth=size["depth"], heads=heads, patch_size=size["patch"],
             time_embed_dim=64, ofs_embed_dim=64 if scope else None)  # fmt: skip
         net.patch_embed.text_proj = nn.Identity()
-        self.diffusion = cogvideox.VideoDiffusion(
-            net, cogvideox.scheduler("ddim", snr_shift_scale=3.0), cogvideox.Pixels(4))  # fmt: skip
-        if scope:  # an untrained scope must not disturb a trained decoder
-            nn.init.zeros_(net.ofs_embedding.linear_2.weight)
-            nn.init.zeros_(net.ofs_embedding.linear_2.bias)
+        plan = cogvideox.scheduler("ddim", snr_shift_scale=3.0)
+        self.diffusion = cogvideox.VideoDiffusion(net, plan, cogvideox.Pixels(4))
+        for p in net.ofs_embedding.linear_2.parameters() if scope else ():
+            nn.init.zeros_(p)  # an untrained scope must not disturb a trained decoder
 
     @property
     def transformer(self) -> Any:
@@ -1501,9 +1500,18 @@ def score_states(games: Games, states: Tensor) -> np.ndarray:
     return rows[t > 0].numpy()
 
 
-def film(video: Tensor, games: Games, turns: int, first: int = 1) -> np.ndarray:
-    """Videos of game 0 after the given turn as bytes (turns, T, 3, S, S), coarse colours (small files)."""
-    return ((video[: turns - first] * 255).round().byte() & 0xF8).numpy()
+def thinned(curve: list[list[float]], points: int = 60) -> np.ndarray:
+    """(step, ce, mse) means over at most `points` stretches of a training."""
+    parts = np.array_split(np.array(curve), min(points, len(curve)))
+    last = np.cumsum([len(part) for part in parts])
+    return np.array([[step, *part.mean(0)] for step, part in zip(last, parts, strict=True)], np.float32)
+
+
+def film(video: Tensor) -> np.ndarray:
+    """Videos (n, T, 3, S, S) as bytes of at most 24 pixels, in coarse colours: small enough for a record."""
+    side = min(24, video.shape[-1])
+    small = F.adaptive_avg_pool2d(video.flatten(0, 1), side).unflatten(0, video.shape[:2])
+    return ((small * 255).round().byte() & 0xF8).numpy()
 
 
 # %%
@@ -1542,10 +1550,10 @@ def play_arm(arm: str, seed: int, size: dict, lm_size: dict, mllm: dict, adapt: 
     out = {
         "rows": rows,
         "states": score_states(games, states),
-        "curve": np.array(curve),
+        "curve": thinned(curve),
         "adapt": np.array(losses),
     }
-    out["film"] = film(video, games, min(TURNS_SHOWN, test["turns"]))
+    out["film"] = film(video[: min(TURNS_SHOWN, test["turns"]) - 1])  # of the first game
     out["told"] = states[0].numpy()
     if arm == "full":
         out["unadapted"] = score(decoder, games, s_a, states[..., 0], test, seed)[0]
@@ -1620,12 +1628,9 @@ def copy_arm(size: dict, test: dict, trained: Any, seed: int = 0) -> dict[str, A
     out = {}
     for name, s_a in (("truth", true_sa), ("copy", copied), ("rollout", carried)):
         out[name], video = score(decoder, games, s_a, levels, test, seed)
-        out[f"film_{name}"] = film(video, games, min(TURNS_SHOWN, test["turns"]))
+        out[f"film_{name}"] = film(video[: min(TURNS_SHOWN, test["turns"]) - 1])
     drawn = render(games.facts[0, 1 : min(TURNS_SHOWN, test["turns"])], size["pixels"], 0)
-    return out | {
-        "film_drawn": ((drawn * 255).round().byte() & 0xF8).numpy(),
-        "facts": games.facts[0].numpy(),
-    }
+    return out | {"film_drawn": film(drawn), "facts": games.facts[0].numpy()}
 
 
 # %%
@@ -1654,7 +1659,7 @@ def scope_arm(
     )
     five = decode_all(model, one.expand(5, -1, -1), torch.arange(1, 6), test, seed)
     return {"levels": np.stack([facts[:, 7].numpy() + 1, levels], 1), "scope": measured.numpy(),
-            "five": ((five * 255).round().byte() & 0xF8).numpy()}  # fmt: skip
+            "five": film(five),}  # fmt: skip
 
 
 # %% [markdown]
@@ -1799,7 +1804,7 @@ def add(
     ids = (seed * 1000 + rows[:, 0]) * 100 + rows[:, 1]
     metrics.setdefault(metric, {}).setdefault(arm, []).extend(values.astype(float).round(5).tolist())
     key = f"seeds/{metric}/{arm}"
-    arrays[key] = np.concatenate([arrays.get(key, np.zeros(0, np.int64)), ids.astype(np.int64)])
+    arrays[key] = np.concatenate([arrays.get(key, np.zeros(0, np.int32)), ids.astype(np.int32)])
 
 
 def add_scores(metrics: dict, arrays: dict, arm: str, rows: np.ndarray, seed: int, prefix: str = "") -> None:
@@ -1877,7 +1882,7 @@ def gather_rest(metrics: dict, arrays: dict) -> None:
         for name in ("w4_early", "w4_late", "all_early", "all_late"):
             rows = first[f"long_{name}"]
             metrics.setdefault("long_accuracy", {})[name] = rows[:, 1].tolist()
-            arrays[f"seeds/long_accuracy/{name}"] = rows[:, 0].astype(np.int64)
+            arrays[f"seeds/long_accuracy/{name}"] = rows[:, 0].astype(np.int32)
     if timed["window"].done:
         metrics["long_turn_ms"] = {k: timed["window"][k].tolist() for k in ("w4", "all")}
     if timed["shot"].done:
@@ -2031,7 +2036,8 @@ def draw_turns(results):
             ax.errorbar(x + 1, mean, 2 * se, label=name, capsize=2, **style[name])
         ax.axhline(0.153, color="#555555", linewidth=0.8)
         plots.label(ax, "turn", "hidden appearance read right (1)", metric.split("_")[0] + " turns")
-    axes[0].legend(fontsize=8)
+    if axes[1].get_legend_handles_labels()[1]:
+        axes[1].legend(fontsize=8)
     axes[0].set_ylim(0, 1.05)
     return figure
 
@@ -2043,6 +2049,29 @@ TURNS_ALT = (
 plots.show(
     draw_turns(here), alt=f"This run. {TURNS_ALT}", caption=f"Profile {here.profile}. Thin line: chance."
 )
+
+
+# %% tags=["figure", "hide-input"]
+def draw_curves(results):
+    """Cross entropy and squared error of the language models' first seed over training."""
+    figure, axes = plt.subplots(1, 2, figsize=(8.6, 2.8))
+    names = [k.split("/")[1] for k in results.arrays if k.startswith("curve/")]
+    for name, style in plots.arms(names).items():
+        curve = results.arrays[f"curve/{name}"]
+        for ax, column in zip(axes, (1, 2), strict=True):
+            ax.plot(
+                curve[:, 0], curve[:, column], marker="." if len(curve) < 20 else None, label=name, **style
+            )
+    axes[0].legend(fontsize=8)
+    plots.label(axes[0], "step", "cross entropy (nats)", "state tokens")
+    plots.label(axes[1], "step", "squared error (1)", "shot tokens")
+    return figure
+
+
+CURVES_ALT = (
+    "Cross entropy of state tokens and squared error of shot tokens over training steps, one line per arm."
+)
+plots.show(draw_curves(here), alt=f"This run. {CURVES_ALT}", caption=f"Profile {here.profile}: phase (b).")
 
 
 # %% tags=["figure", "hide-input"]
@@ -2099,21 +2128,20 @@ show_levels(here, "levels.webm")
 # %% tags=["figure", "hide-input"]
 def draw_budget(results):
     """Where the time of a turn goes: predicting the shot, state tokens, 50 denoising steps."""
-    figure, ax = plt.subplots(figsize=(7.0, 1.7))
-    left = 0.0
-    for name, style in plots.arms(["shot", "states", "video"]).items():
-        if f"turn_ms/{name}" in results.arrays:
-            ms = float(results.arrays[f"turn_ms/{name}"])
-            ax.barh([0], [ms], left=left, color=style["color"], label=f"{name} {ms:.3g} ms")
-            left += ms
-    ax.set_yticks([0], ["one turn"])
-    ax.legend(ncols=3, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 1.5))
-    plots.label(ax, "time (ms)", "turn")
+    figure, ax = plt.subplots(figsize=(7.0, 1.9))
+    names = [n for n in ("shot", "states", "video") if f"turn_ms/{n}" in results.arrays]
+    for y, (name, style) in enumerate(plots.arms(names).items()):
+        ms = float(results.arrays[f"turn_ms/{name}"])
+        ax.barh([y], [ms], color=style["color"])
+        ax.text(ms, y, f" {ms:.3g} ms", va="center", fontsize=9)
+    ax.set_yticks(range(len(names)), names)
+    ax.margins(x=0.15)
+    plots.label(ax, "time per turn (ms)", "part")
     return figure
 
 
 BUDGET_ALT = (
-    "One bar: milliseconds of a turn: predicting the shot, twelve state tokens, fifty denoising steps."
+    "Bars: milliseconds of a turn for predicting the shot, twelve state tokens, fifty denoising steps."
 )
 plots.show(
     draw_budget(here),
@@ -2157,6 +2185,7 @@ tables.grid(score_rows(shown_results), caption=f"Profile {shown_results.profile}
 
 # %% tags=["figure", "hide-input"]
 if book:
+    plots.show(draw_curves(book), alt=f"Recorded run. {CURVES_ALT}", caption=f"Profile {book.profile}.")
     plots.show(
         draw_turns(book),
         alt=f"Recorded run. {TURNS_ALT}",
