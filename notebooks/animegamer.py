@@ -685,9 +685,8 @@ class ShotDecoder(nn.Module):
 
     def null(self, batch: int) -> Tensor:
         """The unconditional s_a: the encoder applied to zero inputs (not a tensor of zeros)."""
-        weight = self.encoder.text_mlp[0].weight
-        zeros = [weight.new_zeros(batch, n, d) for n, d in ((self.n_text, 32), (16, 64))]
-        return self.encoder(*zeros)
+        like = self.encoder.text_mlp[0].weight
+        return self.encoder(like.new_zeros(batch, self.n_text, 32), like.new_zeros(batch, 16, 64))
 
 
 # %%
@@ -1500,6 +1499,7 @@ def score_states(games: Games, states: Tensor) -> np.ndarray:
     return rows[t > 0].numpy()
 
 
+# %%
 def thinned(curve: list[list[float]], points: int = 60) -> np.ndarray:
     """(step, ce, mse) means over at most `points` stretches of a training."""
     parts = np.array_split(np.array(curve), min(points, len(curve)))
@@ -2083,7 +2083,7 @@ def draw_levels(results):
         table = np.zeros((5, 5))
         np.add.at(table, tuple(results.arrays[f"levels/{name}"].T - 1), 1)
         ax.imshow(
-            table / table.sum(1, keepdims=True).clip(1),
+            table / np.maximum(table.sum(1, keepdims=True), 1),
             vmin=0,
             vmax=1,
             cmap="Blues",
