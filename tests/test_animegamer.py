@@ -89,15 +89,6 @@ def test_flow_and_path_give_the_same_level() -> None:
     assert [q.scope_level(q.level_value(v)) for v in range(1, 6)] == [1, 2, 3, 4, 5]
 
 
-def test_paths_take_equal_steps_of_the_level() -> None:
-    rows = facts(300, 11)
-    steps = q.paths_of(rows, torch.Generator().manual_seed(0)).diff(dim=1).norm(dim=-1)
-    wanted = torch.tensor(q.SPEEDS)[rows[:, 7]][:, None].expand_as(steps)
-    torch.testing.assert_close(steps, wanted)
-    places = q.paths_of(rows, torch.Generator().manual_seed(0))
-    assert places[..., 0].min() >= 1 - 1e-5 and places[..., 1].min() >= 3 - 1e-5
-
-
 def test_hidden_appearance_is_not_in_the_text() -> None:
     row = facts(1)[0].tolist()
     for field in q.HIDDEN:
