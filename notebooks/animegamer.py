@@ -2019,7 +2019,7 @@ def write(picture: np.ndarray, words: str, x: int, y: int) -> None:
 
 
 def game_frames(results, names: Sequence[str]) -> tuple[list[np.ndarray], str]:
-    """(all frames of a game, panels side by side, state drawn on them; what they show in words)."""
+    """(all frames of a game's last three filmed turns, panels side by side, with state; what they show)."""
     films, facts = [results.arrays[f"film/{n}"] for n in names], results.arrays["facts"]
     told, kinds = results.arrays["told/full"], results.arrays["kind"]
     values, frames, words = np.full(3, 50), [], []
@@ -2027,17 +2027,19 @@ def game_frames(results, names: Sequence[str]) -> tuple[list[np.ndarray], str]:
         gained = np.where(np.abs(told[i, 1:]) > 5, 0, told[i, 1:])
         values = np.clip(values + 5 * gained, 0, 100)
         kind, text = KINDS[int(kinds[i])], re.sub(r"\w+: |;|\.", "", instruction_of(row))
+        if i <= len(films[0]) - 3:
+            continue
         words.append(f"turn {i + 1} ({kind}): {text}")
         for t in range(FRAMES):
-            picture = np.concatenate([tile(f[i - 1, t], max(1, 80 // f.shape[-1])) for f in films], 1)
+            picture = np.concatenate([tile(f[i - 1, t], max(1, 72 // f.shape[-1])) for f in films], 1)
             width = picture.shape[1] // len(names)
             picture = np.pad(picture, ((14, 28), (0, 0), (0, 0)), constant_values=255)
             for j, name in enumerate(names):
                 write(picture, name.replace("_", "-"), width * j + 3, 11)
             write(picture, words[-1], 3, len(picture) - 17)
             for j, (name, v) in enumerate(zip(VALUES, values, strict=True)):
-                write(picture, f"{name[:3]} {v}", 3 + 110 * j, len(picture) - 4)
-                picture[-11:-5, 55 + 110 * j : 55 + 110 * j + int(v * 0.5)] = (0, 114, 178)
+                write(picture, f"{name[:3]} {v}", 3 + 88 * j, len(picture) - 4)
+                picture[-11:-5, 48 + 88 * j : 48 + 88 * j + int(v * 0.38)] = (0, 114, 178)
             frames.append(picture)
     return frames, "; ".join(words)
 
