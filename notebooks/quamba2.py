@@ -1848,7 +1848,7 @@ def sequence_nll(model: Mamba2ForCausalLM, ids: Tensor, batch: int) -> np.ndarra
 @torch.no_grad()
 def stepwise_nll(model: Mamba2ForCausalLM, ids: Tensor, prefix: int, steps: int) -> np.ndarray:
     """As `sequence_nll`, for `steps` tokens decoded one by one (teacher-forced) after a prefix."""
-    made = model(ids[:, :prefix], use_cache=True, logits_to_keep=1)
+    made = model(ids[:, :prefix], use_cache=True)
     found = []
     for t in range(prefix, prefix + steps):
         found.append(F.cross_entropy(made.logits[:, -1].float(), ids[:, t], reduction="none"))
