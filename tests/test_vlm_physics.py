@@ -1,51 +1,576 @@
-"""Oracles and bad inputs of the chapter vlm_physics."""
+"""Chapter vlm_physics: the world against closed forms, the noise warp against brute force, scores,
+planners."""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-
-from readrun import chapter
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from readrun import chapter, cogvideox
+from readrun.llm import LLMError, ScriptedLLM
+from scipy import stats
 
 q = chapter("vlm_physics")
+TINY = q.SMALL | dict(
+    frames=9, latent_frames=3, net=dict(hidden=32, depth=1, heads=2), vlm=dict(width=32, depth=1), steps=2,
+    fit=dict(pool=6, batch=4, steps=2, lr=1e-3, lesson=0.5), vlm_fit=dict(pool=6, batch=4, steps=2, lr=1e-3,
+        new_tokens=8),
+)  # fmt: skip
 
 
-def test_antithetic_points_mirror_each_other():
-    points = q.sample("antithetic", 5, np.random.default_rng(1))
-    assert points.shape == (10,)
-    np.testing.assert_allclose(points[:5] + points[5:], 1)
+@pytest.fixture(autouse=True)
+def own_run(monkeypatch) -> None:
+    monkeypatch.setattr(q, "run", SimpleNamespace(device="cpu"), raising=False)
 
 
-def test_independent_points_do_not():
-    points = q.sample("independent", 5, np.random.default_rng(1))
-    assert points.shape == (10,)
-    assert np.abs(points[:5] + points[5:] - 1).max() > 0.01
+def scenes(count: int = 3, seed: int = 0) -> list:
+    rng = np.random.default_rng(seed)
+    return [q.draw_scene(rng, name, ood) for name in q.LAWS for ood in (False, True) for _ in range(count)]
 
 
-def test_line_is_exact_and_bowl_is_not():
-    rng = np.random.default_rng(2)
-    assert q.estimate("line", q.sample("antithetic", 1, rng)) == pytest.approx(q.INTEGRALS["line"], abs=1e-12)
-    assert abs(q.estimate("bowl", q.sample("antithetic", 1, rng)) - q.INTEGRALS["bowl"]) > 1e-6
+def gen(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
 
 
-def test_integrals_are_those_of_the_functions():
-    u = (np.arange(100_000) + 0.5) / 100_000
-    for name, truth in q.INTEGRALS.items():
-        assert q.estimate(name, u) == pytest.approx(truth, abs=1e-8)
+# ---------------------------------------------------------------- the world
 
 
-def test_rms_error_by_hand():
-    assert q.rms_error(np.array([1.0, 4.0]), 2.0) == pytest.approx(2.5**0.5)
+@given(st.floats(0.1, 9), st.floats(0.1, 9), st.floats(-2, 2), st.floats(-2, 2), st.floats(0, 1))
+@settings(deadline=None, max_examples=50)
+def test_collisions_keep_momentum(ma, mb, va, vb, e) -> None:
+    a, b = q.collide(ma, mb, va, vb, e)
+    assert ma * a + mb * b == pytest.approx(ma * va + mb * vb, abs=1e-9)
+    assert b - a == pytest.approx(e * (va - vb), abs=1e-9)
 
 
-@pytest.mark.parametrize("arm, pairs", [("other", 1), ("antithetic", 0)])
-def test_bad_input(arm, pairs):
-    with pytest.raises(ValueError):
-        q.sample(arm, pairs, np.random.default_rng(0))
+def test_bounces_follow_the_closed_form() -> None:
+    """The n-th bounce reaches e^(2n) of the height; contacts come at sqrt(2h/g) (1 + 2e + 2e² ...)."""
+    times = np.linspace(0, 8, 80001)
+    high, hits = q.bounce(times, 1.3, 0.0, 2.0, 0.7)
+    fall = math.sqrt(2 * 1.3 / 2.0)
+    expected = [fall * (1 + 2 * sum(0.7**k for k in range(1, n + 1))) for n in range(4)]
+    np.testing.assert_allclose(hits[:4], expected, rtol=1e-9)
+    for n in range(1, 4):
+        peak = high[(times > hits[n - 1]) & (times < hits[n])].max()
+        assert peak == pytest.approx(1.3 * 0.7 ** (2 * n), rel=1e-4)
+    assert high.min() > -1e-9
 
 
-def test_checkpoint(tmp_path):
-    good, bad = tmp_path / "good.json", tmp_path / "bad.json"
-    good.write_text('{"coefficients": [1, 2]}')
-    bad.write_text("{}")
-    assert q.load_polynomial(good).tolist() == [1, 2]
+def test_rolling_and_magnet_against_small_steps() -> None:
+    t, dt = np.linspace(0, 3, 4), 1e-4
+    a, b, (hit,) = q.roll_into(t, 0.1, 0.4, 0.12, (1.0, 3.0), (0.12, 0.3), 0.5)
+    xa, xb, va, vb, met = 0.0, 0.1, 0.4, 0.0, False
+    for _ in range(30000):
+        va -= math.copysign(min(0.12 * dt, abs(va)), va)
+        vb -= math.copysign(min(0.3 * dt, abs(vb)), vb)
+        xa, xb = xa + va * dt, xb + vb * dt
+        if not met and xa >= xb:
+            met = True
+            va, vb = (va + 3 * vb) / 4 - 3 * 0.5 * (va - vb) / 4, (va + 3 * vb) / 4 + 0.5 * (va - vb) / 4
+    np.testing.assert_allclose([a[-1], 0.1 + b[-1]], [xa, xb], atol=1e-3)
+    assert a[1] < 0.1 + b[1] and 0 < hit < 1
+    gap, _ = q.magnet_gap(np.linspace(0, 0.5, 400), 0.1, 0.06, 0.0, 1, 9.0)  # energy: v²/2 = k (1/r0 - 1/r)
+    speed = np.gradient(gap, 0.5 / 399)[200]
+    assert speed**2 / 2 == pytest.approx(0.06 * (1 / 0.35 - 1 / (gap[200] + 0.25)), rel=0.02)
+
+
+def test_scenes_stay_in_the_frame_and_takes_differ() -> None:
+    rng = np.random.default_rng(3)
+    for scene in scenes():
+        boxes = q.simulate(scene, 49, 64).boxes
+        assert boxes.shape == (49, len(scene.names), 4) and np.isfinite(boxes).all()
+        assert (boxes[..., 2:] > 1).all() and boxes[..., :2].min() > -1
+        assert (boxes[..., :2] + boxes[..., 2:]).max() < 68
+        np.testing.assert_allclose(boxes[0] / 64, scene.start, atol=1e-9)
+        other = q.simulate(q.retake(scene, rng), 49, 64).boxes
+        assert 0 < np.abs(other - boxes).max() < 25
+        assert q.read_caption(scene.caption, scene.start, (1, 1)).words == scene.words
+    with pytest.raises(ValueError, match="scenario"):
+        q.draw_scene(rng, "fire")
+
+
+# ---------------------------------------------------------------- plans
+
+
+@given(st.integers(1, 6), st.integers(1, 3), st.integers(0, 10_000))
+@settings(deadline=None, max_examples=40)
+def test_plans_survive_the_round_trip(keys, count, seed) -> None:
+    rng = np.random.default_rng(seed)
+    low, size = rng.integers(0, 30, (keys, count, 2)), rng.integers(1, 30, (keys, count, 2))
+    plan = q.Plan(
+        np.concatenate([low, size], -1).astype(float), list(range(count)), ["ball"] * count, "First.\nSecond."
+    )
+    back = q.parse_plan(q.format_plan(plan), keys, (64, 64))
+    np.testing.assert_array_equal(back.boxes, plan.boxes)
+    assert (back.ids, back.names, back.reasoning) == (plan.ids, plan.names, plan.reasoning)
+
+
+GOOD = "Frame 1: [{'id': 0, 'name': 'a', 'box': [1, 2, 3, 4]}]\n"
+
+
+@pytest.mark.parametrize(
+    "second, match",
+    [("", "missing"), (GOOD.replace("1:", "2:").replace("'id': 0", "'id': 7"), "ids"),
+     (GOOD.replace("1:", "2:").replace("3, 4", "0, 4"), "width"), (GOOD.replace("1:", "2:").replace("3, 4",
+         "nan, 4"), "finite"),
+     (GOOD.replace("1:", "2:").replace("1, 2, 3, 4", "1, 2, 3"), "finite"), ("Frame 2: nothing\n", "finite"),
+     (GOOD.replace("1:", "2:").replace("1, 2", "x, 2"), "numbers"), (GOOD.replace("1:", "2:").replace("1, 2",
+         "99, 2"), "outside")],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore:a box leaves")
+def test_what_is_no_plan(second, match) -> None:
+    with pytest.raises(q.PlanError, match=match):
+        q.parse_plan(GOOD + second, 2)
+
+
+def test_repaired_plans_warn() -> None:
+    with pytest.warns(UserWarning, match="clipped"):
+        assert q.parse_plan(GOOD.replace("1, 2", "62, 2"), 1).boxes[0, 0].tolist() == [62, 2, 2, 4]
+    with pytest.warns(UserWarning, match="twice"):
+        assert q.parse_plan(GOOD + GOOD.replace("1, 2", "5, 2"), 1).boxes[0, 0, 0] == 5
+
+
+def test_interpolation_takes_zero_for_a_coordinate() -> None:
+    keys = np.array([[[0.0, 0, 4, 4]], [[8, 4, 8, 4]], [[np.nan, 8, np.nan, 4]], [[8, 12, 8, 4]]])
+    found = q.interpolate_boxes(keys, 13)
+    np.testing.assert_allclose(found[[0, 2, 4, 8], 0, 0], [0, 4, 8, 8])
+    np.testing.assert_allclose(found[[0, 2, 4], 0, 2], [4, 6, 8])
+    with pytest.raises(ValueError, match="missing"):
+        q.interpolate_boxes(np.full((2, 1, 4), np.nan))
+
+
+def test_planners_from_nothing_to_the_truth() -> None:
+    size, found = (64, 64), {}
+    for scene in scenes(4):
+        boxes, truth = scene.start * 64, q.simulate(scene, 49, 64).boxes
+        key = truth[:: 48 // 12]
+        planners = dict(static=q.StaticPlanner(), constant=q.ConstantVelocityPlanner(), rule=q.RulePlanner(),
+                        oracle=q.OraclePlanner(truth))  # fmt: skip
+        for name, planner in planners.items():
+            plan = planner.plan(None, scene.caption, boxes, size)
+            assert plan.boxes.shape == (13, len(boxes), 4)
+            found.setdefault(name, []).append(q.plan_iou(plan.boxes, key))
+    mean = {k: np.mean(v) for k, v in found.items()}
+    assert mean["static"] < mean["constant"] < mean["rule"] < mean["oracle"] == pytest.approx(1)
+    with pytest.raises(q.PlanError, match="no object"):
+        q.RulePlanner().plan(None, "A block slides slowly over ice.", np.zeros((0, 4)), size)
+    with pytest.raises(ValueError, match="category"):
+        q.RulePlanner().plan(None, "A glass breaks.", np.ones((1, 4)), size)
+
+
+def test_any_vlm_is_a_planner_and_errors_are_said() -> None:
+    scene = q.draw_scene(np.random.default_rng(0), "drop")
+    boxes, image = np.round(scene.start * 64), np.zeros((64, 64, 3))
+    good = q.format_plan(q.Plan(np.repeat(boxes[None], 3, 0), [0], ["ball"], "It falls."))
+    llm = ScriptedLLM([good, good.replace("'id': 0", "'id': 4"), LLMError("timed out")])
+    plan = q.LLMPlanner(llm, 3).plan(image, scene.caption, boxes, (64, 64))
+    assert plan.reasoning == "It falls." and plan.boxes.shape == (3, 1, 4)
+    asked = llm.requests[0]
+    assert (
+        scene.caption in asked.messages[0]["content"] and "Frame 1: [{'id': 0" in asked.messages[0]["content"]
+    )
+    assert asked.images[0].size == (64, 64)
+    with pytest.raises(q.PlanError, match="ids"):
+        q.LLMPlanner(llm, 3).plan(image, scene.caption, boxes, (64, 64))
+    with pytest.raises(q.PlannerError, match="timed out"):
+        q.LLMPlanner(llm, 3).plan(image, scene.caption, boxes, (64, 64))
+
+
+def test_planner_behind_an_endpoint(monkeypatch) -> None:
+    scene, seen = q.draw_scene(np.random.default_rng(0), "slide"), []
+    text = q.format_plan(q.Plan(np.repeat(scene.start[None] * 64, 2, 0).round(), [0], ["block"]))
+
+    class Stub(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            seen.append(json.loads(self.rfile.read(int(self.headers["content-length"]))))
+            choice = dict(index=0, finish_reason="stop", message=dict(role="assistant", content=text))
+            body = json.dumps(
+                dict(
+                    id="1",
+                    object="chat.completion",
+                    created=0,
+                    model="m",
+                    choices=[choice],
+                    usage=dict(prompt_tokens=1, completion_tokens=1, total_tokens=2),
+                )
+            ).encode()
+            self.send_response(200)
+            self.send_header("content-type", "application/json")
+            self.send_header("content-length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Stub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        llm = q.foreign_planner(f"openai:m@http://127.0.0.1:{server.server_port}/v1")
+        plan = q.LLMPlanner(llm, 2).plan(np.zeros((64, 64, 3)), scene.caption, scene.start * 64, (64, 64))
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert plan.boxes.shape == (2, 1, 4) and "image_url" in json.dumps(seen[0])
     with pytest.raises(ValueError, match="checkpoint"):
-        q.load_polynomial(bad)
+        q.foreign_planner("no/such-folder-here/at-all")
+
+
+def test_planner_texts_are_tokens_and_true() -> None:
+    tokens = q.planner_tokenizer()
+    for scene in scenes(5, 9):
+        prompt, answer = q.planner_text(scene, 7)
+        ids = tokens(prompt + answer)["input_ids"]
+        assert tokens.unk_token_id not in ids and tokens.decode(ids) == prompt + answer
+        plan = q.parse_plan(answer, 7)
+        assert q.plan_iou(plan.boxes, q.simulate(scene, 7, 64).boxes) > 0.75
+        assert plan.reasoning.startswith(f"Law: {q.LAWS[scene.scenario]}.")
+        assert len(q.parse_plan(q.planner_text(scene, 7, "no_reasoning")[1], 7).reasoning.splitlines()) == 1
+        assert "Law" not in q.planner_text(scene, 7, "no_law")[1]
+
+
+def test_tiny_vlm_sees_and_is_trained_on_answers_only() -> None:
+    some = scenes(1)[:4]
+    ids, labels = q.planner_rows(some, TINY)
+    prompts, mask = q.planner_rows(some, TINY, answers=False)
+    for row in range(4):
+        known = labels[row] != -100
+        assert (ids[row][known] == labels[row][known]).all()
+        assert prompts[row][mask[row].bool()].tolist() == ids[row][: int(known.nonzero()[0])].tolist()
+    model, losses = q.train_vlm(0, TINY)
+    assert len(losses) == 2 and np.isfinite(losses).all()
+    given = dict(input_ids=ids, attention_mask=torch.ones_like(ids))
+    with torch.no_grad():
+        one, two = (
+            model(pixel_values=p, **given).logits
+            for p in (q.pictures_of(some, TINY), torch.zeros(4, 3, 32, 32))
+        )
+    assert not torch.allclose(one, two)
+    assert len(q.TinyVLMPlanner(model, TINY).answers(some)) == 4
+
+
+# ---------------------------------------------------------------- animation and flow
+
+
+def test_animation_moves_crops_and_fills_holes() -> None:
+    rng = np.random.default_rng(0)
+    frame = rng.uniform(0.4, 0.6, (32, 32, 3)).astype(np.float32)
+    frame[4:12, 4:12] = [0.9, 0.1, 0.1]
+    boxes = np.array([[[4, 4, 8, 8]], [[16, 4, 8, 8]], [[16, 4, 8, 16]]], float)
+    clip = q.animate(frame, boxes)
+    np.testing.assert_allclose(clip[0], frame, atol=0.01)
+    np.testing.assert_allclose(clip[1, 4:12, 16:24], frame[4:12, 4:12], atol=0.01)
+    assert np.abs(clip[1, 4:12, 4:12] - 0.5).max() < 0.2
+    assert np.abs(clip[2, 4:20, 16:24] - [0.9, 0.1, 0.1]).max() < 0.01
+
+
+def test_flow_is_the_motion_of_boxes() -> None:
+    boxes = torch.tensor([[[2.0, 2, 8, 8], [6, 6, 4, 4]], [[5.0, 1, 12, 8], [6, 8, 4, 4]]])
+    flow = q.analytic_flow(boxes, (24, 16))[0]
+    assert flow.shape == (2, 16, 24)
+    x, y = 3, 4  # in the first box only: relative place (1.5 / 8, 2.5 / 8)
+    assert flow[:, y, x].tolist() == pytest.approx([5 + 1.5 / 8 * 12 - 3.5, 1 + 2.5 - 4.5])
+    assert flow[:, 7, 7].tolist() == pytest.approx([0, 2])  # the second box lies on top
+    assert flow[:, 12, 20].tolist() == [0, 0]
+    camera = torch.tensor([[0.0, 0], [2, -1]])
+    seen = q.analytic_flow(boxes, (24, 16), camera)[0]
+    torch.testing.assert_close(seen, flow - torch.tensor([2.0, -1])[:, None, None])
+
+
+def test_flow_agrees_with_an_estimator() -> None:
+    import cv2
+
+    scene = q.draw_scene(np.random.default_rng(1), "melt")
+    boxes = np.repeat(scene.start[None] * 128, 2, 0)
+    boxes[1, 0, :2] += [3, -2]
+    pair = (q.render(scene, boxes, 128) * 255).astype(np.uint8)
+    dis = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+    found = dis.calc(*(cv2.cvtColor(f, cv2.COLOR_RGB2GRAY) for f in pair), None)
+    x, y, w, h = (int(v) for v in boxes[0, 0])
+    inner = (slice(y + 8, y + h - 8), slice(x + 8, x + w - 8))
+    own = q.analytic_flow(torch.tensor(boxes), (128, 128))[0].permute(1, 2, 0).numpy()
+    assert np.linalg.norm(found[inner] - own[inner], axis=-1).mean() < 0.3
+
+
+# ---------------------------------------------------------------- noise
+
+
+def test_zero_flow_changes_nothing_and_translation_rolls() -> None:
+    noise, w = torch.randn(2, 3, 9, 7, generator=gen()), torch.ones(2, 1, 9, 7)
+    same, weights = q.warp_noise_step(noise, w, torch.zeros(2, 2, 9, 7), gen())
+    torch.testing.assert_close(same, noise)
+    torch.testing.assert_close(weights, w, atol=1e-4, rtol=0)
+    flow = torch.zeros(2, 2, 9, 7)
+    flow[:, 0], flow[:, 1] = 2.2, -1.4
+    moved, _ = q.warp_noise_step(noise, w, flow, gen())
+    torch.testing.assert_close(moved[:, :, 1:8, 2:5], noise[:, :, 2:9, 0:3])
+    assert (moved[:, :, :, :2] - noise[:, :, :, :2]).abs().min() > 0  # fresh or merged border
+
+
+def test_four_sources_merge() -> None:
+    noise = torch.randn(1, 2, 4, 4, generator=gen(), dtype=torch.float64)
+    flow = torch.zeros(1, 2, 4, 4, dtype=torch.float64)
+    for y, x in ((0, 0), (0, 1), (1, 0)):
+        flow[0, 0, y, x], flow[0, 1, y, x] = 1 - x, 1 - y
+    found, w = q.warp_noise_step(noise, torch.ones(1, 1, 4, 4, dtype=torch.float64), flow, gen())
+    # the three vacated pixels gather from outside: sources p - f(p) do not exist in this corner
+    expected = (noise[0, :, 0, 0] + noise[0, :, 0, 1] + noise[0, :, 1, 0] + noise[0, :, 1, 1]) / 2
+    torch.testing.assert_close(found[0, :, 1, 1], expected)
+    assert (w[0, 0, 1, 1] / w[0, 0, 3, 3]).item() == pytest.approx(4, rel=1e-3)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_warp_equals_a_loop_over_pixels(seed) -> None:
+    size, g = 8, gen(seed)
+    noise, w = torch.randn(1, 2, size, size, generator=g), torch.rand(1, 1, size, size, generator=g) + 0.5
+    flow = torch.randn(1, 2, size, size, generator=g) * 2
+    found, weights = q.warp_noise_step(noise, w, flow, gen(9))
+    g = gen(9)
+    values = {(y, x): noise[0, :, y, x] for y in range(size) for x in range(size)} | {
+        "out": torch.randn(1, 2, 1, generator=g)[0, :, 0]
+    }
+    weight = {(y, x): w[0, 0, y, x] for y in range(size) for x in range(size)} | {"out": torch.tensor(1.0)}
+    jumps, uses, hit = [], {}, set()
+    inside = lambda y, x: 0 <= y < size and 0 <= x < size  # noqa: E731
+    step = flow.round().long()[0]
+    for y in range(size):
+        for x in range(size):
+            to = (y + int(step[1, y, x]), x + int(step[0, y, x]))
+            jumps.append(((y, x), to) if inside(*to) else ("out", (y, x)))
+            hit.add(jumps[-1][1])
+    for y in range(size):
+        for x in range(size):
+            if (y, x) not in hit:
+                source = (y - int(step[1, y, x]), x - int(step[0, y, x]))
+                jumps.append((source if inside(*source) else "out", (y, x)))
+    for source, _ in jumps:
+        uses[source] = uses.get(source, 0) + 1
+    shared = [s for s, _ in jumps if uses[s] > 1]
+    fresh = torch.randn(len(shared), 2, generator=g)
+    mean = {
+        s: torch.stack([z for z, k in zip(fresh, shared, strict=True) if k == s]).mean(0) for s in set(shared)
+    }
+    top, square, mass, taken = {}, {}, {}, iter(fresh)
+    for source, to in jumps:
+        copy = values[source] / uses[source] ** 0.5 + (next(taken) - mean[source] if uses[source] > 1 else 0)
+        o = weight[source] / uses[source]
+        top[to], square[to], mass[to] = (
+            top.get(to, 0) + o * copy,
+            square.get(to, 0) + o * o,
+            mass.get(to, 0) + o,
+        )
+    average = sum(mass.values()) / size**2
+    for (y, x), total in top.items():
+        torch.testing.assert_close(found[0, :, y, x], total / square[y, x] ** 0.5, atol=1e-5, rtol=1e-4)
+        assert weights[0, 0, y, x].item() == pytest.approx(
+            float((mass[y, x] / average + 1e-5) ** 0.9999), rel=1e-4
+        )
+
+
+def test_copies_of_a_split_hold_the_source_and_are_independent() -> None:
+    """Where copies arrive alone, their sum over the root of their number is the source; they are
+    uncorrelated."""
+    flow = torch.randn(1, 2, 64, 64, generator=gen(7)) * 1.5
+    source, target = q.flow_lists(flow)
+    noise = torch.randn(1, 16, 64, 64, generator=gen())
+    found, _ = q.warp_noise_step(noise, torch.ones(1, 1, 64, 64), flow, gen(1))
+    uses = torch.bincount(source, minlength=64 * 64 + 1)
+    arrivals = torch.bincount(target, minlength=64 * 64)
+    pure = [s for s in range(64 * 64) if uses[s] > 1 and (arrivals[target[source == s]] == 1).all()]
+    assert len(pure) > 100
+    flat, old, pairs = found[0].flatten(1), noise[0].flatten(1), []
+    for s in pure:
+        copies = flat[:, target[source == s]]
+        torch.testing.assert_close(copies.sum(1) / uses[s] ** 0.5, old[:, s], atol=1e-5, rtol=1e-4)
+        pairs.append(copies[:, :2])
+    first, second = torch.cat(pairs).T
+    assert abs(np.corrcoef(first, second)[0, 1]) < 4 / len(first) ** 0.5
+
+
+def test_noise_stays_white_through_a_swirl() -> None:
+    noise = q.warp_noise(q.swirl(48, 49), 8, 1, 1, gen(3))[-1]
+    report, n = q.whiteness(noise), noise.numel()
+    assert abs(report["mean"]) < 4 / n**0.5 and abs(report["variance"] - 1) < 4 * (2 / n) ** 0.5
+    assert abs(report["kurtosis"]) < 4 * (24 / n) ** 0.5
+    assert abs(report["right"]) < 4 / n**0.5 and abs(report["below"]) < 4 / n**0.5
+    assert stats.kstest(noise.flatten().numpy(), "norm").pvalue > 1e-3
+    bilinear = q.noise_report(32, 20, 4, 0)["bilinear"]
+    assert bilinear["variance"] < 0.7 and bilinear["right"] > 0.1, "the same test sees what is not white"
+
+
+def test_noise_travels_with_its_box() -> None:
+    boxes = torch.tensor([[[8.0 + 3 * t, 24, 16, 16]] for t in range(13)])
+    noise = q.warp_noise(q.analytic_flow(boxes, (64, 64)), 32, 1, 4, gen())
+    assert noise.shape == (13, 32, 16, 16)
+    corr = lambda a, b: np.corrcoef(a.flatten(), b.flatten())[0, 1]  # noqa: E731
+    assert corr(noise[0, :, 6:10, 2:6], noise[12, :, 6:10, 11:15]) > 0.9
+    assert corr(noise[0, :, :5], noise[12, :, :5]) == pytest.approx(1, abs=1e-5)
+    assert abs(corr(noise[0, :, 6:10, 2:6], noise[12, :, 6:10, 2:6])) < 0.2
+
+
+def test_slow_motion_is_not_rounded_away() -> None:
+    boxes = torch.tensor([[[8.0 + 0.25 * t, 8, 8, 8], [0, 0, 0, 0]] for t in range(33)])[None]
+    noise = q.plan_noise(boxes, 32, dict(up=1, latent_frames=9), gen())
+    corr = np.corrcoef(noise[0, 0, :, 2:4, 2:4].flatten(), noise[0, -1, :, 2:4, 4:6].flatten())[0, 1]
+    assert corr > 0.7
+
+
+def test_mixing_and_latent_frames() -> None:
+    noise = torch.randn(13, 8, 16, 16, generator=gen())
+    torch.testing.assert_close(q.mix_noise(noise, 0.0), noise)
+    for gamma in (0.4, 0.6, 1.0):
+        mixed = q.mix_noise(noise, gamma, gen(1))
+        assert mixed.var().item() == pytest.approx(1, abs=0.05)
+        assert np.corrcoef(mixed.flatten(), noise.flatten())[0, 1] == pytest.approx(
+            q.correlation(gamma), abs=0.03
+        )
+    per_frame = q.mix_noise(noise, q.gammas("mix", 13), gen(1))
+    for t in (0, 1):
+        rho = np.corrcoef(per_frame[t].flatten(), noise[t].flatten())[0, 1]
+        assert rho == pytest.approx(q.correlation((0.4, 0.6)[t]), abs=0.06)
+    assert q.nearest_latent_frames(torch.arange(49), 13).tolist() == list(range(0, 49, 4))
+    for bad in (-0.1, 1.1, [0.5] * 3):
+        with pytest.raises(ValueError, match="gamma"):
+            q.mix_noise(noise, bad)
+
+
+def test_bad_flows_are_refused() -> None:
+    noise, w = torch.randn(1, 2, 8, 8), torch.ones(1, 1, 8, 8)
+    for value in (float("nan"), 8.0):
+        with pytest.raises(ValueError, match="flow"):
+            q.warp_noise_step(noise, w, torch.full((1, 2, 8, 8), value))
+    with pytest.raises(ValueError, match="match"):
+        q.warp_noise_step(noise, w, torch.zeros(1, 2, 4, 4))
+    for name, options in (("up", dict(up=1.5)), ("down", dict(down=3))):
+        with pytest.raises(ValueError, match=name):
+            q.warp_noise(torch.zeros(2, 2, 8, 8), 4, **options)
+
+
+def test_grouping_by_value_is_the_same_warp() -> None:
+    noise, flow = torch.randn(1, 3, 12, 12, generator=gen()), torch.randn(1, 2, 12, 12, generator=gen(1)) * 2
+    found = [
+        q.warp_noise_step(noise, torch.ones(1, 1, 12, 12), flow, gen(5), how) for how in ("index", "value")
+    ]
+    torch.testing.assert_close(found[0][1], found[1][1])
+    torch.testing.assert_close(found[0][0], found[1][0], atol=1e-5, rtol=1e-4)
+
+
+# ---------------------------------------------------------------- the video model
+
+
+def test_training_uses_warped_noise_with_random_gamma(monkeypatch) -> None:
+    seen, real = [], cogvideox.velocity_loss
+    monkeypatch.setattr(
+        q.cogvideox, "velocity_loss", lambda m, x, e, **k: (seen.append((x, k)), real(m, x, e, **k))[1]
+    )
+    model, losses = q.train_video_model(0, TINY)
+    assert len(losses) == 2 and isinstance(model.transformer, q.CogVideoXTransformer3DModel)
+    for latents, options in seen:
+        assert options["noise"].shape == latents.shape and options["condition"].shape == latents.shape
+        torch.testing.assert_close(options["condition"][:, 0], latents[:, 0])
+        assert not options["condition"][:, 1:].any()
+    still = dict(TINY["fit"], steps=1, lesson=0.0, batch=6)
+    monkeypatch.setattr(
+        q, "clip_batch", lambda *a: (torch.rand(6, 3, 3, 32, 32), torch.zeros(6, 3, 48, 8, 8))
+    )
+    q.train_video_model(0, TINY | dict(fit=still))
+    spread = seen[-1][1]["noise"].var((1, 2, 3, 4))  # of nothing but fresh noise: (gamma / norm)²
+    assert spread.min() < 0.5 * spread.max() and (spread <= 1.05).all()
+    q.train_video_model(0, TINY | dict(fit=still), gamma="0")
+    assert seen[-1][1]["noise"].abs().max() == 0
+
+
+def test_noise_of_training_moves_with_the_clip() -> None:
+    clips = q.make_clips(6, TINY, 0, "cpu")
+    video, noise = q.clip_batch(clips, torch.arange(6), TINY, gen(2), lesson=True)
+    assert video.shape == (6, 3, 3, 32, 32) and noise.shape == (6, 3, 48, 8, 8)
+    best = []
+    for one, picture in zip(noise, video, strict=True):
+        grey = picture.mean(1)
+        shifts = [(dy, dx) for dy in range(-4, 5) for dx in range(-4, 5)]
+        alike = [(one[0].roll(s, (1, 2)) * one[2])[:, 2:6, 2:6].mean().item() for s in shifts]
+        dy, dx = shifts[int(np.argmax(alike))]
+        best.append(((grey[0].roll((4 * dy, 4 * dx), (0, 1)) - grey[2])[8:24, 8:24]).abs().mean().item())
+    assert np.median(best) < 0.06
+
+
+def test_generation_starts_from_the_given_noise() -> None:
+    model = q.video_model(TINY, 0).eval()
+    first, ids = torch.rand(2, 3, 32, 32), model.tokens(["A block slides slowly over ice."] * 2)
+    noise = torch.randn(2, 3, 48, 8, 8, generator=gen())
+    one, two = (q.generate(model, first, ids, n, 2) for n in (noise, noise.flip(0)))
+    assert one.shape == (2, 3, 3, 32, 32) and not torch.allclose(one, two)
+    clip = torch.rand(2, 3, 3, 32, 32)
+    assert not torch.allclose(q.generate(model, first, ids, noise, 2, clip, 0.5), one)
+    torch.testing.assert_close(q.generate(model, first, ids, noise, 2, clip, 1.0), one)
+    with pytest.raises(ValueError, match="strength"):
+        q.generate(model, first, ids, noise, 2, clip, 0.0)
+
+
+# ---------------------------------------------------------------- scores
+
+
+def takes(count: int = 4) -> tuple[list, list, list]:
+    rng = np.random.default_rng(0)
+    some = [q.draw_scene(rng, name) for name in list(q.LAWS)[:count]]
+    films = [[q.render(s, q.simulate(s, 13, 48).boxes, 48) for s in (a, q.retake(a, rng))] for a in some]
+    return some, [f[0] for f in films], [f[1] for f in films]
+
+
+def test_physics_iq_knows_real_from_static() -> None:
+    _, real1, real2 = takes()
+    assert q.physics_iq(real1, real1, real2)["score"] == 100
+    assert q.physics_iq(real2, real1, real2)["score"] == pytest.approx(100)
+    static = q.physics_iq([np.repeat(c[:1], 13, 0) for c in real1], real1, real2)
+    assert static["score"] < 15 and static["spatial"] == 0
+    assert not q.motion_masks(real1[0])[0].any() and q.motion_masks(real1[0])[1:].any()
+    with pytest.raises(ValueError, match="clips"):
+        q.physics_iq(real1[:1], real1, real2)
+
+
+def test_metrics_by_hand() -> None:
+    a, b = np.zeros((4, 12, 12, 3), np.float32), np.zeros((4, 12, 12, 3), np.float32)
+    a[1:, 2:8, 2:8], b[2:, 2:8, 5:11] = 1.0, 1.0
+    ma, mb = q.motion_masks(a), q.motion_masks(b)
+    assert ma[1, 3:7, 3:7].all() and not ma[:, 10:].any() and not mb[1].any()
+    spatial, per_frame, weighted, mse = q.clip_metrics(a, b)
+    any_a, any_b = ma.any(0), mb.any(0)
+    assert spatial == pytest.approx((any_a & any_b).sum() / (any_a | any_b).sum())
+    ious = [1.0 if not (x | y).any() else (x & y).sum() / (x | y).sum() for x, y in zip(ma, mb, strict=True)]
+    assert per_frame == pytest.approx(np.mean(ious))
+    low = sum(min(x, y) for x, y in zip(ma.mean(0).flat, mb.mean(0).flat, strict=True))
+    high = sum(max(x, y) for x, y in zip(ma.mean(0).flat, mb.mean(0).flat, strict=True))
+    assert weighted == pytest.approx(low / high)
+    assert mse == pytest.approx((36 + 2 * 36) / (4 * 144))  # frame 1: all of a; frames 2, 3: two strips of 18
+
+
+def test_checks_and_tracker_on_the_truth() -> None:
+    for scene in scenes(2, 5):
+        boxes = q.simulate(scene, 49, 64).boxes
+        assert set(q.phygen_checks(boxes, scene).values()) == {1.0}
+    drop = next(s for s in scenes(2, 5) if s.scenario == "drop")
+    still = np.repeat(drop.start[None] * 64, 49, 0)
+    assert q.phygen_checks(still, drop) == {"key_event": 0.0, "order": 0.0, "overall": 0.0}
+    some, real, _ = takes(10)
+    for scene, clip in zip(some, real, strict=True):
+        boxes = q.simulate(scene, 13, 48).boxes
+        assert q.centre_error(clip, boxes, scene) < 0.04, scene.scenario
+    assert q.centre_error(np.full((3, 48, 48, 3), 0.6), boxes[:3], scene) == 0.5
+
+
+def test_derived_metrics_and_refusals() -> None:
+    metrics = {"plan_iou": {"static": [0.2, 0.4]}, "planner_iou": {"full": [0.65, 0.3]},
+               "score": {"jitter_mix": [3.0, 5.0], "jitter_0": [1.0, 6.0]}}  # fmt: skip
+    assert q.competence(metrics, {})["tinyvlm"] == pytest.approx([0.5, 0.0])
+    assert q.mixing_gain(metrics, {}) == {"jitter": [2.0, -1.0]}
+    for bench in (q.bench_warp, q.bench_steps):
+        with pytest.raises(ValueError, match="device"):
+            bench(dict(height=8, width=8, repeats=3, tiny=False))
