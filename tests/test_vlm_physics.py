@@ -184,7 +184,7 @@ def test_any_vlm_is_a_planner_and_errors_are_said() -> None:
         q.LLMPlanner(llm, 3).plan(image, scene.caption, boxes, (64, 64))
 
 
-def test_planner_behind_an_endpoint(monkeypatch) -> None:
+def test_planner_behind_an_endpoint(tmp_path) -> None:
     scene, seen = q.draw_scene(np.random.default_rng(0), "slide"), []
     text = q.format_plan(q.Plan(np.repeat(scene.start[None] * 64, 2, 0).round(), [0], ["block"]))
 
@@ -221,7 +221,7 @@ def test_planner_behind_an_endpoint(monkeypatch) -> None:
         server.server_close()
     assert plan.boxes.shape == (2, 1, 4) and "image_url" in json.dumps(seen[0])
     with pytest.raises(ValueError, match="checkpoint"):
-        q.foreign_planner("no/such-folder-here/at-all")
+        q.foreign_planner(str(tmp_path))
 
 
 def test_planner_texts_are_tokens_and_true() -> None:
