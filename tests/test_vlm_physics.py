@@ -97,6 +97,16 @@ def test_scenes_stay_in_the_frame_and_takes_differ() -> None:
         q.draw_scene(rng, "fire")
 
 
+def test_more_test_scenes_add_to_fewer() -> None:
+    """Plans are made for more scenes than clips: both must mean the same ones, in every scenario."""
+    few, many = q.test_scenes(2), q.test_scenes(3)
+    for i, scene in enumerate(few):
+        other = many[i // 2 * 3 + i % 2]
+        assert (scene.caption, scene.look) == (other.caption, other.look)
+        np.testing.assert_array_equal(scene.start, other.start)
+    assert {s.look for s in few}.isdisjoint(s.look for s in q.test_scenes(2, ood=True))
+
+
 # ---------------------------------------------------------------- plans
 
 

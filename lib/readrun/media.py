@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import io
 import mimetypes
 import os
 import wave
+from collections.abc import Iterator
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -67,6 +69,19 @@ def picture(run: Any, file: str, image: Any = None, *, alt: str, caption: str = 
     return figure(run, file, '<img src="{src}" alt="{alt}" loading="lazy">', alt, caption)
 
 
+@contextlib.contextmanager
+def _no_stderr() -> Iterator[None]:
+    """Drop what C code writes to the process's standard error meanwhile."""
+    kept, sink = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(sink, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(sink)
+
+
 def clip(run: Any, file: str, frames: Any = None, fps: float = 8, *, alt: str, caption: str = "") -> Any:
     """Show `file` (.webm) looping and muted, saving `frames` (time, height, width, 3) there first, as VP8."""
     if frames is not None:
@@ -74,7 +89,8 @@ def clip(run: Any, file: str, frames: Any = None, fps: float = 8, *, alt: str, c
 
         images = [np.asarray(pixels(frame)) for frame in frames]
         size, codec = images[0].shape[1::-1], cv2.VideoWriter.fourcc(*"VP80")
-        writer = cv2.VideoWriter(str(_path(run, file)), codec, fps, size)
+        with _no_stderr():  # OpenCV 5 remarks on the codec's tag and writes the file all the same
+            writer = cv2.VideoWriter(str(_path(run, file)), codec, fps, size)
         for image in images:
             writer.write(np.ascontiguousarray(image[..., ::-1]))
         writer.release()
