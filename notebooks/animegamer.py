@@ -752,8 +752,6 @@ def decode(decoder, s_a: Tensor, f_ms: Tensor, steps: int = 20, guidance: float 
 
 
 # %%
-
-
 def shot_pool(n: int, size: int, seed: int) -> dict[str, Tensor]:
     """n rendered shots: facts (n, 8), videos as bytes (n, T, 3, S, S), measured f_ms (n,)."""
     facts = random_facts(n, torch.Generator().manual_seed(seed))
