@@ -119,20 +119,21 @@ S = run.settings(
     smoke=dict(
         seeds=1, size=32, frames=5, k=2, committed=True,
         model=dict(hidden=128, depth=4, heads=4, time_embed_dim=64),
-        base=dict(steps=2, batch=4, lr=2e-3), arms=["ours", "channel"], curve=[8], points=2,
+        base=dict(steps=2, batch=4, lr=2e-3, pool=0), arms=["ours", "channel"], curve=[8], points=2,
         tune=dict(steps=2, batch=4, lr=2e-3, rank=8), test=dict(scenes=4, plain=2, ring=0, steps=2),
         check=24, guidance=2.0, strength=5.0, show=1, cost=dict(tiny=True, repeats=3, warmup=1),
     ),
     cpu=dict(
         seeds=1, size=32, frames=5, k=2, committed=True,
         model=dict(hidden=128, depth=4, heads=4, time_embed_dim=64),
-        base=dict(steps=2, batch=8, lr=2e-3), arms=["ours", "channel"], curve=[256], points=1,
+        base=dict(steps=2, batch=8, lr=2e-3, pool=0), arms=["ours", "channel"], curve=[256], points=1,
         tune=dict(steps=80, batch=16, lr=2e-3, rank=16), test=dict(scenes=40, plain=16, ring=0, steps=8),
         check=200, guidance=2.0, strength=5.0, show=3, cost=dict(tiny=True, repeats=5, warmup=1),
     ),
     gpu=dict(
-        seeds=3, size=48, frames=8, model=dict(hidden=256, depth=8, heads=8), k=3, committed=False,
-        base=dict(steps=2500, batch=128, lr=1e-3),
+        seeds=3, size=48, frames=8, model=dict(hidden=256, depth=8, heads=8, time_embed_dim=64), k=3,
+        committed=False,
+        base=dict(steps=2500, batch=128, lr=1e-3, pool=16_000),
         arms=["ours", "channel", "data", "channel_long", "outline", "position", "t2v", "both",
               "random_blocks", "all_blocks", "small_weight", "large_weight"], curve=[64, 256, 512], points=5,
         tune=dict(steps=300, batch=64, lr=1e-3, rank=32), test=dict(scenes=256, plain=128, ring=64, steps=20),
@@ -179,6 +180,7 @@ class Scene(NamedTuple):
     twins: int
 
 
+# %%
 def reach_path(start, bend, end, frames: int) -> tuple[np.ndarray, np.ndarray]:
     """Hand positions (T, 2) and the lift (T, 2) of the target: a quadratic Bézier curve at minimum-jerk pace
     until `CONTACT_TIME`, then both rise together."""
@@ -276,6 +278,7 @@ def render(scene: Scene, size: int, outline: bool = False) -> np.ndarray:
     return video.astype(np.float32)
 
 
+# %%
 def target_mask(scene: Scene, size: int, index: int | None = None) -> np.ndarray:
     """Binary mask (size, size) of the target, or of object `index`, in frame 0."""
     i = scene.target if index is None else index
@@ -335,6 +338,7 @@ def expand_patch_embed(transformer, extra: int = 1) -> None:
     transformer.register_to_config(in_channels=width)
 
 
+# %%
 def check_mask(mask: Tensor) -> Tensor:
     """A mask batch (B, H, W) as float. Raises ValueError for empty, full or non-binary masks."""
     if mask.ndim != 3 or not torch.isin(mask.float(), torch.tensor([0.0, 1.0], device=mask.device)).all():
@@ -492,6 +496,7 @@ class Recorder:
             self.maps |= found
 
 
+# %%
 class TargetAttnProcessor(CogVideoXAttnProcessor2_0):
     """CogVideoX's joint attention; `record` stores maps, `bias` (B, 1, N, N) is added to the scores."""
 
@@ -520,6 +525,7 @@ class TargetAttnProcessor(CogVideoXAttnProcessor2_0):
         return mixed[:, text:], mixed[:, :text]
 
 
+# %%
 def install(transformer) -> None:
     """Give every block a `TargetAttnProcessor` (once)."""
     blocks = transformer.transformer_blocks
@@ -681,6 +687,7 @@ def hand_positions(video: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return centre, weight
 
 
+# %%
 def contact_report(video: np.ndarray, scene: Scene) -> Contact:
     """First contact in a clip (T, 3, S, S) of `scene`. Raises ValueError for another shape."""
     if video.ndim != 4 or video.shape[1] != 3 or len(video) != len(scene.hand):
@@ -740,8 +747,9 @@ print(f"frame 0: {1350 / tokens:.1%} of a block's attention, in 7 of 42 blocks {
 #
 # ### The base
 #
-# The base is trained here, on an endless stream of clips: half of them ambiguous, the target always drawn
-# among the candidates, no mask anywhere. So it must guess, and the word *target* means nothing to it.
+# The base is trained here, on an endless stream of clips (`gpu`: on a pool of 16,000, for drawing costs more
+# than training there). Half of them are ambiguous, the target is always drawn among the candidates, there is
+# no mask. So the base must guess, and the word *target* means nothing to it.
 
 
 # %%
@@ -760,6 +768,7 @@ def clip_batch(scenes: Sequence[Scene], size: int, outline: bool = False) -> tup
     return videos, torch.from_numpy(np.stack([render(s, size, outline=True)[:1] for s in scenes]))
 
 
+# %%
 def new_model(size: int, frames: int, model: dict[str, int], seed: int = 0) -> cog.VideoDiffusion:
     """An image-to-video CogVideoX of toy size whose blocks start as the identity (zero gates and output)."""
     made = cog.build(
@@ -776,6 +785,7 @@ def new_model(size: int, frames: int, model: dict[str, int], seed: int = 0) -> c
     return made
 
 
+# %%
 FORMS = ("plain", "plain", "noun", "sentence", "position")  # of the base's captions, equally often
 
 
@@ -783,11 +793,20 @@ def train_base(size: int, frames: int, model: dict[str, int], base: dict[str, An
     """The base's weights (averaged over steps, half precision) and its losses."""
     made = new_model(size, frames, model).to(run.device)
     updater = train.Updater(made, base["lr"], steps=base["steps"], warmup=50, ema=0.995, betas=(0.9, 0.99))
-    losses = []
+    losses, pool, stored = [], [], None
+    if base["pool"]:
+        rng = np.random.default_rng(550_000)
+        pool = [draw_scene(rng, frames, bool(i % 2)) for i in range(base["pool"])]
+        stored = torch.from_numpy(np.stack([(render(s, size) * 255).round().astype("u1") for s in pool]))
     for step in train.progress(range(base["steps"]), "base"):
         rng, g = np.random.default_rng([step, 7]), torch.Generator().manual_seed(step)
-        scenes = [draw_scene(rng, frames, bool(i % 2)) for i in range(base["batch"])]
-        latents = made.codec.encode(clip_batch(scenes, size)[0].to(run.device))
+        if stored is None:
+            scenes = [draw_scene(rng, frames, bool(i % 2)) for i in range(base["batch"])]
+            videos = clip_batch(scenes, size)[0].to(run.device)
+        else:
+            rows = rng.integers(len(pool), size=base["batch"])
+            scenes, videos = [pool[i] for i in rows], stored[rows].to(run.device) / 255
+        latents = made.codec.encode(videos)
         ids = made.tokens([caption(s, FORMS[int(rng.integers(len(FORMS)))]) for s in scenes])
         ids = made.drop_text(ids, 0.1, g)
         condition = cog.place_frames(latents[:, :1], frames)
@@ -830,6 +849,7 @@ BASE_COPY = functools.cache(lambda: load_base(base, **SIZES))
 
 
 # %%
+@functools.cache
 def test_scenes(count: int, frames: int, kind: str) -> list[Scene]:
     """Scenes of a split: "ambiguous", "plain" (words suffice) or "ring" (ambiguous, shape never seen)."""
     if kind not in ("ambiguous", "plain", "ring"):
@@ -881,10 +901,12 @@ ARMS: dict[str, dict[str, Any]] = {
 
 
 def target_batch(
-    model, scenes, size: int, arm: dict[str, Any], form: str | Sequence[str]
+    model, scenes, size: int, arm: dict[str, Any], form: str | Sequence[str], videos: Any = None
 ) -> dict[str, Tensor]:
-    """latents, condition, ids, masks and, where the captions have [TGT], tgt and mask_tokens of scenes."""
-    video, first = clip_batch(scenes, size, arm.get("outline", False))
+    """latents, condition, ids, mask of scenes and, for arms with a mask, tgt and mask_tokens.
+
+    videos: what `clip_batch` gives for these scenes, if it is there already."""
+    video, first = videos or clip_batch(scenes, size, arm.get("outline", False))
     frames, device = video.shape[1], model.device
     latents = model.codec.encode(video.to(device))
     condition = cog.place_frames(model.codec.encode(first[:, :1].to(device)), frames)
@@ -922,6 +944,7 @@ def modulation_bias(model, batch: dict[str, Tensor], scenes: Sequence[Scene], st
     return bias
 
 
+# %%
 @torch.no_grad()
 def generate(model, scenes, size: int, arm: dict[str, Any], form: str, steps: int, guidance: float,
              strength: float = 0.0) -> np.ndarray:  # fmt: skip
@@ -964,6 +987,7 @@ def background_psnr(video: np.ndarray, scene: Scene, size: int) -> float:
     return -10 * math.log10(max(error, 1e-10))
 
 
+# %%
 def score(videos: np.ndarray, scenes: Sequence[Scene], size: int) -> dict[str, np.ndarray]:
     """hit, any, one_hand (0/1 per clip) and background psnr (dB)."""
     found = [contact_report(v, s) for v, s in zip(videos, scenes, strict=True)]
@@ -984,6 +1008,8 @@ def test_arm(model, arm: dict[str, Any], form: str, size: int, frames: int, test
             scenes = test_scenes(test[key], frames, kind)
             clips = generate(model, scenes, size, arm, form, test["steps"], guidance, strength)
             out |= {f"{kind}_{name}": v for name, v in score(clips, scenes, size).items()}
+    if not show:
+        return out
     every = [variant for s in test_scenes(show, frames, "ambiguous") for variant in look_alikes(s)]
     clips = generate(model, every, size, arm, form, test["steps"], guidance, strength)
     out["clips"] = (clips * 255).round().astype("u1")
@@ -992,6 +1018,7 @@ def test_arm(model, arm: dict[str, Any], form: str, size: int, frames: int, test
     return out
 
 
+# %%
 def look_alikes(scene: Scene) -> list[Scene]:
     """The scene three times, each of the identical objects as target (the hand's true path stays)."""
     same = [i for i, kind in enumerate(scene.kinds) if kind == scene.kinds[scene.target]]
@@ -1031,6 +1058,7 @@ def map_alignment(model, scenes, size: int, arm: dict[str, Any], word: str = "")
     return out
 
 
+# %%
 def align_base(size: int, frames: int, model: dict[str, int], base: Any, count: int) -> dict[str, Any]:
     """AUC per block of the base on scenes whose words suffice."""
     rng = np.random.default_rng(41)
@@ -1065,6 +1093,7 @@ def prepare_arm(model, arm: dict[str, Any], rank: int) -> cog.VideoDiffusion:
     return model
 
 
+# %%
 def tune_arm(
     name: str, seed: int, clips: int, size: int, frames: int, model: dict[str, int], base: Any,
     alignment: Any, k: int, tune: dict[str, Any], test: dict[str, int], points: int, guidance: float,
@@ -1079,6 +1108,7 @@ def tune_arm(
     steps = tune["steps"] * arm.get("longer", 1)
     updater = train.Updater(net, tune["lr"], steps=steps, warmup=10, betas=(0.9, 0.99))
     scenes, g = tuning_set(clips, frames), torch.Generator().manual_seed(seed)
+    videos = clip_batch(scenes, size, arm.get("outline", False))
     curve, losses, order = [], [], []
     at = {round(steps * (i + 1) / points) for i in range(points - 1)}  # the last point is the end
     few = test_scenes(test["scenes"], frames, "ambiguous")[:128]
@@ -1086,15 +1116,16 @@ def tune_arm(
     for step in train.progress(range(steps), name):
         while len(order) < tune["batch"]:
             order += rng.permutation(clips).tolist()
-        own, order = [scenes[i] for i in order[: tune["batch"]]], order[tune["batch"] :]
+        rows, order = order[: tune["batch"]], order[tune["batch"] :]
+        own = [scenes[i] for i in rows]
         forms = [form if "form" in arm else ("noun", "sentence")[int(rng.integers(2))] for _ in own]
-        batch = target_batch(net, own, size, arm, forms)
+        batch = target_batch(net, own, size, arm, forms, tuple(v[rows] for v in videos))
         found = tavid_step(net, batch, arm["lam"], blocks, arm.get("region", "v2t"), g)
         updater(found["loss"])
         losses.append(torch.stack([found["rec"], found["attn"]]))
         if step + 1 in at:
-            videos = generate(net, few, size, arm, form, test["steps"], guidance)
-            curve.append(score(videos, few, size)["hit"].mean())
+            drawn = generate(net, few, size, arm, form, test["steps"], guidance)
+            curve.append(np.mean([contact_report(v, s).target for v, s in zip(drawn, few, strict=True)]))
     out = test_arm(net, arm, form, size, frames, test, guidance, show)
     curve.append(out["ambiguous_hit"][:128].mean())
     if arm["mask"]:
@@ -1119,20 +1150,22 @@ def test_base(size: int, frames: int, model: dict[str, int], base: Any, test: di
     return test_arm(net, {"mask": False}, "plain", size, frames, test, guidance, show, strength)
 
 
-common = dict(**SIZES, base=base, test=S.test, guidance=S.guidance, show=S.show)
+common = dict(**SIZES, base=base, test=S.test, guidance=S.guidance)
 untrained = {
-    "base": run.unit(test_base, **common, strength=0.0),
-    "modulation": run.unit(test_base, **common, strength=S.strength),
+    "base": run.unit(test_base, **common, show=S.show, strength=0.0),
+    "modulation": run.unit(test_base, **common, show=S.show, strength=S.strength),
 }
 tuned: dict[tuple[str, int, int], Any] = {}
 SWEEP = ("ours", "channel", "data", "channel_long")  # all seeds; the others: one training
+PAIR = ("ours", "channel")  # all sizes of the fine-tuning set, for the learning curves; clips for the page
 for s in run.seeds:
     for name in S.arms:
         if name in SWEEP or s == run.seeds[0]:
-            for clips in S.curve if name in ("ours", "channel") else S.curve[-1:]:
+            for clips in S.curve if name in PAIR else S.curve[-1:]:
+                seen = name in PAIR and s == run.seeds[0] and clips == S.curve[-1]
                 tuned[name, s, clips] = run.unit(
                     tune_arm, name=name, seed=s, clips=clips, **common, alignment=alignment, k=S.k,
-                    tune=S.tune, points=S.points,
+                    tune=S.tune, points=S.points, show=S.show if seen else 0,
                 )  # fmt: skip
 
 # %% [markdown]
@@ -1240,6 +1273,7 @@ def bench_forward(cost: dict[str, Any]) -> dict[str, Any]:
     return {f"ms_{name}": np.array(ms) for name, ms in times.items()}
 
 
+# %%
 @torch.no_grad()
 def bench_map(cost: dict[str, Any]) -> dict[str, Any]:
     """One block's map as one-hot value and as explicit softmax of the rows of frame 0: time, memory, error.
@@ -1347,7 +1381,7 @@ def gather_curves(metrics: dict, arrays: dict) -> None:
     for name, unit in shown.items():
         if not unit.done:
             continue
-        if name in ("base", "modulation", "ours", "channel"):
+        if "clips" in unit:
             arrays[f"clips/{name}"], arrays[f"first/{name}"] = unit["clips"], unit["shown_first"]
         if "auc" in unit:
             arrays[f"auc/{name}"] = unit["auc"]
@@ -1357,6 +1391,7 @@ def gather_curves(metrics: dict, arrays: dict) -> None:
             arrays["blocks"] = np.array(unit["blocks"])
 
 
+# %% tags=["hide-input"]
 def gather_gates(metrics: dict, arrays: dict) -> None:
     """Add what the gates need: the reader's agreement, hands and contacts of the base."""
     if reader.done:
