@@ -752,8 +752,8 @@ print(f"frame 0: {1350 / tokens:.1%} of a block's attention, in 7 of 42 blocks {
 # no mask. So the base must guess, and the word *target* means nothing to it.
 #
 # A patch is here one latent position, 48 numbers. Larger patches are cheaper and do not work: the 192 numbers
-# of noise in 2 × 2 positions would have to pass through a state of 128, and samples stay noise however long one
-# trains. (CogVideoX-5B passes 64 numbers through 3,072.)
+# of noise in 2 × 2 positions would have to pass through a state of 128, and samples stay noise however long
+# one trains. (CogVideoX-5B passes 64 numbers through 3,072.)
 
 
 # %%
@@ -1488,6 +1488,7 @@ def draw_alignment(results):
         if f"auc/{name}" in results.arrays:
             values = results.arrays[f"auc/{name}"]
             ax.plot(range(len(values)), values, marker="o", label=label, **style)
+            ax.set_xticks(range(len(values)))
     for block in results.arrays.get("blocks", []):
         ax.axvspan(block - 0.3, block + 0.3, color="#dddddd", zorder=0)
     ax.axhline(0.5, color="#555555", linewidth=0.8, linestyle=":")
@@ -1636,15 +1637,17 @@ def draw_cost(results):
         memory = [float(get["step/gib_no_loss"]), float(get["step/gib_one_hot"])]
         memory.append(memory[0] + 7 * float(get["map/matrix_gib"]))
         axes[1].bar(["no loss", "one-hot loss", "full matrices"], memory, color=plots.PALETTE[:3])
+        if not memory[0]:
+            axes[1].set_title("GPU memory: not measured on a CPU")
     plots.label(axes[0], "training step", "time (ms)")
-    plots.label(axes[1], "training step", "peak memory (GiB)", "third bar: computed, not run")
+    axes[1].set(xlabel="training step", ylabel="peak memory (GiB)")
     return figure
 
 
 plots.show(
     draw_cost(shown),
     alt="Bars: time of a training step without and with the attention loss; peak memory of both, beside what "
-    "writing out seven attention matrices would need.",
+    "writing out seven attention matrices would need (computed, not run).",
     caption=f"Profile {shown.profile}; only the gpu profile measures at 5B shape, and memory on a GPU.",
 )
 
