@@ -55,6 +55,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from time import perf_counter
 from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
@@ -1201,6 +1202,17 @@ def big_inputs(config: dict, device: str, dtype) -> tuple[Tensor, ...]:
     return states, text, torch.tensor([500], device=device)
 
 
+def wall_ms(call, device: str) -> float:
+    """Milliseconds of one call that takes long (tenths of seconds and more), waited for on a GPU."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    began = perf_counter()
+    call()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return 1e3 * (perf_counter() - began)
+
+
 def peak_gib(device: str) -> float:
     """Peak GPU memory in GiB since the last reset; 0 on a CPU."""
     return torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else 0.0
@@ -1248,8 +1260,7 @@ def bench_step(cost: dict[str, Any]) -> dict[str, Any]:
         out[f"gib_{arm}"] = peak_gib(device)
     for _ in range(cost["repeats"]):
         for arm in times:
-            call = functools.partial(step, arm == "one_hot")
-            times[arm].append(clock.time(call, warmup=1, repeat=3, device=device).low)
+            times[arm].append(wall_ms(functools.partial(step, arm == "one_hot"), device))
     return out | {f"ms_{arm}": np.array(ms) for arm, ms in times.items()} | {"blocks": list(blocks)}
 
 
@@ -1273,7 +1284,9 @@ def bench_forward(cost: dict[str, Any]) -> dict[str, Any]:
         for name, (proj, x) in ways.items():
             net.patch_embed.proj = proj
             call = functools.partial(net, x, text, t, image_rotary_emb=positions, return_dict=False)
-            times[name].append(clock.time(call, warmup=1, repeat=3, device=device).low)
+            if not times[name]:
+                call()
+            times[name].append(wall_ms(call, device))
     return {f"ms_{name}": np.array(ms) for name, ms in times.items()}
 
 
