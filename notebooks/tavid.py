@@ -1159,8 +1159,9 @@ residual = 0.1  # root mean square error of the base's still backgrounds, in uni
 if untrained["base"].done:
     residual = 10 ** (-float(np.mean(untrained["base"]["ambiguous_psnr"])) / 20)
 reader = run.unit(check_reader, size=S.size, frames=S.frames, check=S.check, noise=round(residual, 2))
-tables.grid([{"rendered clips": n, "noise": round(residual, 2) * (n == "noisy"), "agreement": v}
-             for n, v in (reader.items() if reader.done else [])] or [{"rendered clips": "not checked"}])  # fmt: skip
+agreement = dict(reader) if reader.done else {}
+tables.grid([{"clips": n, "noise": round(residual, 2) * (n == "noisy"), "agreement": v}
+             for n, v in agreement.items()] or [{"clips": "not checked"}])  # fmt: skip
 
 # %%
 tuned: dict[tuple[str, int, int], Any] = {}
