@@ -138,7 +138,7 @@ S = run.settings(
         arms=["ours", "channel", "data", "channel_long", "outline", "position", "t2v", "both",
               "random_blocks", "all_blocks", "small_weight", "large_weight"], curve=[64, 256, 512], points=5,
         tune=dict(steps=300, batch=64, lr=1e-3, rank=32), test=dict(scenes=256, plain=128, ring=64, steps=20),
-        check=500, guidance=2.0, strength=5.0, show=3, cost=dict(tiny=False, repeats=12, warmup=2),
+        check=500, guidance=2.0, strength=5.0, show=2, cost=dict(tiny=False, repeats=12, warmup=2),
     ),
 )  # fmt: skip
 S
