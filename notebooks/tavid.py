@@ -1032,30 +1032,33 @@ def look_alikes(scene: Scene) -> list[Scene]:
 
 # %%
 @torch.no_grad()
-def map_alignment(model, scenes, size: int, arm: dict[str, Any], word: str = "") -> np.ndarray:
-    """AUC (layers,) of the V2T map of a word ("": the shape) against the mask, mean over scenes and t."""
-    form = "noun" if word else "plain"
-    batch = target_batch(model, scenes, size, arm, form)
+def word_maps(
+    model, scenes, size: int, arm: dict[str, Any], word: str, t: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """V2T maps (layers, B, N0) of a word ("": the object's shape) at timestep t, and the masks (B, N0)."""
+    batch = target_batch(model, scenes, size, arm, "noun" if word else "plain")
     if not word:
         rows = zip(batch["ids"].split(1), scenes, strict=True)
         batch["tgt"] = torch.cat([find_tgt(model.tokenizer, r, s.kinds[s.target][1]) for r, s in rows])
     grid = (model.shape[2] // model.transformer.config.patch_size,) * 2
-    mask = mask_to_tokens(batch["mask"], grid).cpu().numpy()
     depth = model.transformer.config.num_layers
-    out = np.zeros(depth)
+    times = torch.full((len(scenes),), t, device=model.device)
+    noise = torch.randn(batch["latents"].shape, generator=torch.Generator().manual_seed(t)).to(model.device)
+    noisy = model.scheduler.add_noise(batch["latents"], noise, times)
+    with record_target(model.transformer, batch["tgt"], range(depth)) as recorder:
+        kwargs = {"record": recorder}
+        model(noisy, times, model.embed(batch["ids"]), batch["condition"], attention_kwargs=kwargs)
+    maps = np.stack([recorder.maps["v2t", i].float().cpu().numpy() for i in range(depth)])
+    return maps, mask_to_tokens(batch["mask"], grid).cpu().numpy()
+
+
+def map_alignment(model, scenes, size: int, arm: dict[str, Any], word: str = "") -> np.ndarray:
+    """AUC (layers,) of the maps of a word against the masks, mean over scenes and three timesteps."""
+    out = []
     for t in (300, 600, 900):
-        times = torch.full((len(scenes),), t, device=model.device)
-        noise = torch.randn(batch["latents"].shape, generator=torch.Generator().manual_seed(t)).to(
-            model.device
-        )
-        noisy = model.scheduler.add_noise(batch["latents"], noise, times)
-        with record_target(model.transformer, batch["tgt"], range(depth)) as recorder:
-            kwargs = {"record": recorder}
-            model(noisy, times, model.embed(batch["ids"]), batch["condition"], attention_kwargs=kwargs)
-        for (_, block), found in recorder.maps.items():
-            pairs = zip(found.float().cpu().numpy(), mask, strict=True)
-            out[block] += np.mean([auc(a, m) for a, m in pairs]) / 3
-    return out
+        maps, masks = word_maps(model, scenes, size, arm, word, t)
+        out.append([np.mean([auc(a, m) for a, m in zip(layer, masks, strict=True)]) for layer in maps])
+    return np.mean(out, 0)
 
 
 # %%
@@ -1130,6 +1133,9 @@ def tune_arm(
     curve.append(out["ambiguous_hit"][:128].mean())
     if arm["mask"]:
         out["auc"] = map_alignment(net, few[:64], size, arm, "target")
+        if show:  # at the last timestep the clip itself is pure noise: only picture and mask can tell
+            every = [v for s in test_scenes(show, frames, "ambiguous") for v in look_alikes(s)]
+            out["maps"] = word_maps(net, every, size, arm, "target", 999)[0][list(blocks)].mean(0)
     return out | {
         "curve": np.array(curve),
         "losses": torch.stack(losses).cpu().numpy(),
@@ -1404,6 +1410,8 @@ def gather_curves(metrics: dict, arrays: dict) -> None:
             continue
         if "clips" in unit:
             arrays[f"clips/{name}"], arrays[f"first/{name}"] = unit["clips"], unit["shown_first"]
+        if "maps" in unit:
+            arrays[f"maps/{name}"] = unit["maps"]
         if "auc" in unit:
             arrays[f"auc/{name}"] = unit["auc"]
         if name in ("ours", "channel"):
@@ -1573,13 +1581,17 @@ display_clip
 
 # %% tags=["hide-input"]
 def strip(results, name: str, index: int, title: str = ""):
-    """A film strip of one shown clip, the frame of first contact outlined."""
-    frames = marked(results, name, index)
+    """The map of [TGT] over frame 0, where there is one, and the frames of one shown clip, marked."""
+    frames = [(f"frame {t}", frame) for t, frame in enumerate(marked(results, name, index))]
+    if f"maps/{name}" in results.arrays:
+        heat = results.arrays[f"maps/{name}"][index]
+        side = math.isqrt(heat.size)
+        frames = [("map of [TGT]", heat.reshape(side, side) / heat.max())] + frames
     figure, axes = plt.subplots(1, len(frames), figsize=(1.35 * len(frames), 1.9))
-    for t, (ax, frame) in enumerate(zip(axes, frames, strict=True)):
-        ax.imshow(frame)
+    for ax, (label, frame) in zip(axes, frames, strict=True):
+        ax.imshow(frame, cmap="viridis", vmin=0)
         ax.set(xticks=[], yticks=[])
-        ax.set_title(f"frame {t}", fontsize=8)
+        ax.set_title(label, fontsize=8)
         ax.grid(False)
     figure.suptitle(title, fontsize=9, x=0.01, ha="left")
     return figure
@@ -1688,7 +1700,7 @@ tables.verdicts(shown)
 # ## Play
 #
 # Choose a method and which of the three look-alikes is the target. The ring moves with the choice; does the
-# hand?
+# hand? For the trained arms the first picture is the map of [TGT], mean over the chosen blocks.
 
 
 # %% tags=["widget", "hide-input"]
