@@ -752,9 +752,9 @@ print(f"frame 0: {1350 / tokens:.1%} of a block's attention, in 7 of 42 blocks {
 # than training there). Half of them are ambiguous, the target is always drawn among the candidates, there is
 # no mask. So the base must guess, and the word *target* means nothing to it.
 #
-# A patch is here one latent position, 48 numbers. Larger patches are cheaper and do not work: the 192 numbers
-# of noise in 2 × 2 positions would have to pass through a state of 128, and samples stay noise however long
-# one trains. (CogVideoX-5B passes 64 numbers through 3,072.)
+# A patch is here one latent position, 48 numbers. Patches of 2 × 2 positions are cheaper and do not work: at
+# low noise levels the velocity is the noise itself, and 192 numbers of it would have to come out of a state of
+# 128 as they went in. (CogVideoX-5B passes 64 numbers through 3,072.)
 
 
 # %%
@@ -1106,7 +1106,7 @@ def tune_arm(
     arm = ARMS[name]
     depth, rng = model["depth"], np.random.default_rng([seed, 3])
     mode = arm.get("blocks", "semantic")
-    blocks = select_blocks(depth, mode, k, alignment["auc"], rng)
+    blocks = select_blocks(depth, mode, k, alignment["auc"], np.random.default_rng([seed, 4]))
     net = prepare_arm(load_base(base, size, frames, model), arm, tune["rank"])
     steps = tune["steps"] * arm.get("longer", 1)
     updater = train.Updater(net, tune["lr"], steps=steps, warmup=10, betas=(0.9, 0.99))
