@@ -753,8 +753,8 @@ print(f"frame 0: {1350 / tokens:.1%} of a block's attention, in 7 of 42 blocks {
 # no mask. So the base must guess, and the word *target* means nothing to it.
 #
 # A patch is here one latent position, 48 numbers. Patches of 2 × 2 positions are cheaper and do not work: at
-# low noise levels the velocity is the noise itself, and 192 numbers of it would have to come out of a state of
-# 128 as they went in. (CogVideoX-5B passes 64 numbers through 3,072.)
+# low noise levels the velocity is the noise itself, and 192 numbers of it would have to come out of a state
+# of 128 as they went in. (CogVideoX-5B passes 64 numbers through 3,072.)
 
 
 # %%
