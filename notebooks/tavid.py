@@ -1835,7 +1835,8 @@ print(f"velocity loss {own['loss']:.4f}, attention loss {own['attn']:.4f}, AUC p
 #   mask, a word and a loss on attention decide which of several equal objects a generated hand touches.
 # - The base is small and trained here; absolute rates say nothing about CogVideoX-5B. All arms share it.
 # - In `smoke` and `cpu` only `ours` and `channel` are trained, for a few steps: their numbers show that the
-#   code runs and in which direction it goes. Verdicts are for the `gpu` record.
+#   code runs. The committed base was trained for 24,000 clips only and misses two of its gates (one hand, any
+#   contact), so that the verdicts of these profiles are void. Verdicts are for the `gpu` record.
 # - Latents are rearranged pixels, without a 3-D autoencoder, so that no toy autoencoder blurs the contact.
 # - The base's captions contain the word *target* without meaning. A real T5 knows the word from language; the
 #   toy's must at least have seen it. Fine-tuning mixes the sentence form with the form used at test.
