@@ -424,6 +424,18 @@ def test_copy_is_new_text_and_the_previous_picture(monkeypatch) -> None:
         assert torch.equal(carried[g, t, 4:], source[g, t if games.kind[g, t] == 0 else t - 1, 4:])
 
 
+def test_previous_shot_knows_the_outfit_and_nothing_of_another_room() -> None:
+    games = q.make_games(400, 10, 5)
+    rows = q.previous_shot(games)
+    for g, t, kind, hidden, shown in rows[:60, :5]:
+        now, old = (games.facts[int(g), int(t) - i].tolist() for i in (0, 1))
+        assert kind == games.kind[int(g), int(t)]
+        assert hidden == pytest.approx(sum(now[i] == old[i] for i in (1, 4, 5)) / 3)
+        assert shown == pytest.approx(((now[0] == old[0]) + (now[2] == old[2])) / 2)
+    assert (rows[rows[:, 2] == 1, 3] == 1).all()  # staying: the copy is perfect
+    assert rows[rows[:, 2] == 2, 3].mean() == pytest.approx((1 + 1 / 6 + 1 / 8) / 3, abs=0.03)
+
+
 # ---------------------------------------------------------------- results
 
 
