@@ -19,6 +19,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from readrun import chapter
+from transformers import MambaConfig, MambaForCausalLM
 
 q = chapter("quamba2")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -267,6 +268,8 @@ def test_integer_products_are_exact() -> None:
         q.w4a8_linear(x8.float(), packed, ratio, s_ch)
     with pytest.raises(ValueError, match="x: shape"):
         q.w4a16_linear(torch.ones(2, 64), packed, scales)
+    with pytest.raises(ValueError, match="w: torch.float32"):
+        q.w8a8_linear(x8, w8.float(), 1.0)
 
 
 def test_scales_are_absmax_of_their_groups(trained, texts) -> None:
@@ -394,8 +397,9 @@ def test_bad_inputs(trained, texts) -> None:
         q.quantize(trained, "w2a2", texts)
     with pytest.raises(ValueError, match="calib"):
         q.quantize(trained, "w4a8", [])
+    first = MambaForCausalLM(MambaConfig(vocab_size=16, hidden_size=16, num_hidden_layers=1, state_size=4))
     with pytest.raises(ValueError, match="Mamba-1"):
-        q.quantize(torch.nn.Linear(2, 2), "w4a8", texts)
+        q.quantize(first, "w4a8", texts)
     with pytest.raises(ValueError, match="prefill|ids"):
         q.Engine(q.quantize(trained, "w4a16", texts, gptq=False), 1).prefill(texts[:1, :2])
     with pytest.raises(ValueError, match="dynamic"):
@@ -443,6 +447,17 @@ def child() -> dict[str, dict[str, float]]:
     done = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_a_kernel_that_does_not_run_or_rounds_down_is_an_error(monkeypatch) -> None:
+    def broken(*_args):
+        raise RuntimeError("out of resource")
+
+    exact = torch.rand(40, 40, generator=torch.Generator().manual_seed(0)) * 200 - 100
+    assert q.off_by(exact.round().to(torch.int8), exact) <= 1 < q.off_by(exact.floor().to(torch.int8), exact)
+    monkeypatch.setattr(q, "one_call", broken)
+    found = q.linear_errors("w4a8", dict(in_proj=(8, 128)), [1, 5], dict(tiny=False), "cpu")
+    assert list(found.values()) == [1e9, 1e9]
 
 
 def linear_cases() -> dict[str, float]:
