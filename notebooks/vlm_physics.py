@@ -1816,12 +1816,17 @@ def measure(frames: np.ndarray, takes: Takes, tracks: np.ndarray, masks: list[np
 
 # %%
 def evaluate(
-    seed: int, conditions: list[str], video: Any, planner: Any, settings: dict, fixed: Any = None
+    seed: int,
+    conditions: list[str],
+    video: Any,
+    planner: Any,
+    settings: dict,
+    fixed: Any = None,
+    clips: bool = True,
 ) -> dict[str, Any]:
     """Metrics (N, 7) of every condition, those between the takes, and clips of some scenes to look at."""
     takes = film(settings, settings["eval_per_scenario"])
-    model, other = load_video_model(settings, video), None
-    masks = [motion_masks(clip) for clip in takes.real1]
+    model, other, masks = load_video_model(settings, video), None, [motion_masks(c) for c in takes.real1]
     keep = np.arange(0, len(takes.scenes), settings["eval_per_scenario"])  # the first scene of each scenario
     at = np.linspace(0, settings["frames"] - 1, settings["latent_frames"]).round().astype(int)
     own = planner["test"].reshape(len(LAWS), -1, settings["latent_frames"], 2, 4)[
@@ -1830,7 +1835,7 @@ def evaluate(
     plans: dict[str, np.ndarray] = {"tinyvlm": own.reshape(-1, settings["latent_frames"], 2, 4)}
     variance = [clip_metrics(b, a, m) for a, b, m in zip(takes.real1, takes.real2, masks, strict=True)]
     out: dict[str, Any] = {"takes": np.array(variance), "noise_variance": {}}
-    out |= {"clip_real": (255 * takes.real1[keep]).astype(np.uint8)}
+    out["clip_real"] = (255 * takes.real1[keep]).astype(np.uint8)
     for name in conditions:
         kind = name.split("_")[0]
         plan = {"animation": "tinyvlm", "sdedit": "tinyvlm", "none": "oracle", "fixed": "oracle"}.get(
@@ -1838,11 +1843,8 @@ def evaluate(
         )
         if plan not in plans:
             plans[plan] = other_plans(plan, takes.scenes, settings)
-        tracks = (
-            np.stack([interpolate_boxes(p, settings["frames"]) for p in plans[plan]])
-            * settings["side"]
-            / GRID_SIDE
-        )
+        tracks = np.stack([interpolate_boxes(p, settings["frames"]) for p in plans[plan]])
+        tracks *= settings["side"] / GRID_SIDE
         if kind == "fixed" and other is None:
             other = load_video_model(settings, fixed)
         label = f"oracle_{name.rsplit('_', 1)[1]}" if kind == "fixed" else name
@@ -1851,7 +1853,7 @@ def evaluate(
         )
         out[f"m_{name}"] = measure(frames, takes, tracks[:, at], masks)
         out["noise_variance"][name] = spread
-        if name in ("none", "tinyvlm_mix", "animation", "jitter_0", "jitter_mix", "oracle_0"):
+        if clips and name in ("none", "tinyvlm_mix", "animation", "jitter_0", "jitter_mix", "oracle_0"):
             out[f"clip_{name}"] = (255 * frames[keep]).astype(np.uint8)
             out[f"track_{plan}"] = tracks[keep][:, at]
     out["noise_variance"] = {k: v for k, v in out["noise_variance"].items() if v == v}
@@ -1874,7 +1876,10 @@ planners = {
     ("full", run.seeds[0]): run.unit(fit_planner, seed=run.seeds[0], variant="full", settings=options)
 }
 common = dict(video=video, planner=planners["full", run.seeds[0]], settings=options)
-scores = {("main", s): run.unit(evaluate, seed=s, conditions=S.conditions, **common) for s in run.seeds}
+scores = {
+    ("main", s): run.unit(evaluate, seed=s, conditions=S.conditions, clips=s == run.seeds[0], **common)
+    for s in run.seeds
+}
 if S.extra:
     scores["extra", run.seeds[0]] = run.unit(evaluate, seed=run.seeds[0], conditions=S.extra, **common)
 for variant in S.variants:
