@@ -119,8 +119,8 @@ plots.show(
 # ## Set-up
 #
 # One code path, three sizes; the active profile is in bold. All claims and the rules that decide them were
-# written into `data/papers/animegamer.yml` before the first experiment; a review added one claim and one gate,
-# before any `gpu` run (see Limits).
+# written into `data/papers/animegamer.yml` before the first experiment; a review added one claim and one
+# gate, before any `gpu` run (see Limits).
 
 # %% tags=["hide-input"]
 S = run.settings(
