@@ -3087,6 +3087,8 @@ else:
 #   weights here. The models are small and trained briefly; their outliers are milder than those of large
 # ones.
 # - Speeds are of random weights on one GPU, sequences of equal length. The official kernels are not compared.
+# - With more than one row the bf16 baseline adds the residual in a kernel of its own, the int8 products in
+# their epilogue.
 # - Hessians come from the float model in one pass; the official code quantises layer after layer.
 # - The maximum of the state is taken after every 16th token, so that int8 states may clip in between.
 # - W4AX, the searched mix of W4A8 and W4A16 layers, is possible (`recipe` takes a list) but not searched.
