@@ -1801,13 +1801,13 @@ summary(here)
 summary(here, "shared")
 
 # %% [markdown]
-# The same questions under both policies; filler after a failed check is orange, after a successful one blue.
+# The same questions under both policies; filler after a failed check is red, after a successful one blue.
 
 
 # %% tags=["figure", "hide-input"]
 def transcripts(results, puzzle="main", arms=("base", "dr_grpo", "grpo"), count=3):
     """Responses to the same questions under several policies, filler coloured, long ones shortened."""
-    colour = {"h": "#D55E00", "w": "#0072B2"}
+    colour = {"h": "var(--rr-bad, #a3271c)", "w": "var(--pst-color-link, #0072B2)"}  # readable in both themes
 
     def paint(match):
         run_of, n = match[0], len(match[0])
