@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -167,3 +168,26 @@ def test_top_heading_stays_first_and_the_failure_follows(here: FixtureBook, tmp_
     first = "".join(json.loads((tmp_path / "stage/chapters/alpha.ipynb").read_text())["cells"][0]["source"])
     assert first.startswith("# Alpha\n\n``````{admonition}") and "dead kernel in code cell 3" in first
     assert first.rstrip().endswith("Prose of alpha.")
+
+
+def test_a_changed_style_rebuilds_the_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    book, html = tmp_path / "staged", tmp_path / "book" / "_build" / "html"
+    (book / "_static").mkdir(parents=True)
+    (book / "index.md").write_text("# Book")
+    (book / "_static" / "look.css").write_text("p { color: red }")
+    builds: list[bool] = []
+
+    def jupyter_book(command: list[str], **_: Any) -> subprocess.CompletedProcess[bytes]:
+        builds.append((html / "index.html").exists())  # whether the pages of the last build are still there
+        html.mkdir(parents=True, exist_ok=True)
+        (html / "index.html").write_text("page")
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(publish.paths, "root", lambda: tmp_path)
+    monkeypatch.setattr(publish.subprocess, "run", jupyter_book)
+    assert [publish.build_html(book), publish.build_html(book)] == [0, 0]
+    (book / "index.md").write_text("# The book")
+    publish.build_html(book)
+    (book / "_static" / "look.css").write_text("p { color: blue }")
+    publish.build_html(book)
+    assert builds == [False, True, False]  # first; a page in place; a style: all anew

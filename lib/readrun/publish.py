@@ -241,11 +241,15 @@ def build_html(book: Path) -> int:
 
     The key is written last. Where it is missing (a build was killed or failed) pages may be half written
     though newer than their sources, which Sphinx would take for up to date, so everything is built anew;
-    likewise when a page has gone, because Sphinx never deletes.
+    likewise when a page has gone, because Sphinx never deletes, and when a style or script has changed,
+    because Sphinx copies those only if it also writes a page.
     """
     target = paths.root() / "book" / "_build"
     key_file, key = target / "readrun.json", tree_key(book)
     pages = sorted(str(f.relative_to(book)) for f in book.rglob("*") if f.suffix in (".md", ".ipynb"))
+    pages += sorted(
+        f"{f.name} {paths.file_sha256(f)}" for f in book.rglob("*") if f.suffix in (".css", ".js")
+    )
     last = load(key_file)
     if last.get("key") == key and (target / "html" / "index.html").exists():
         return 0
