@@ -3128,7 +3128,9 @@ print("probabilities of 1:", " ".join(f"{p:.4f}" for p in own["probabilities"][:
 #
 # :::{dropdown} Solution
 # `nonce_echo` prints the nonce beside numbers that it copied from the paper. The nonce proves *when* the
-# file was written; only the recomputation ties the number to the data.
+# file was written; only the recomputation ties the number to the data. Its precision matters: a line of the
+# log shows four decimals, and a quantity that hardly varies can then agree by luck; results are compared to
+# six digits.
 # :::
 #
 # **References.** G. Starace et al., *PaperBench: Evaluating AI's Ability to Replicate AI Research*, 2025,
