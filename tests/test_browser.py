@@ -104,44 +104,76 @@ def nothing_wrong(request: pytest.FixtureRequest) -> Iterator[None]:
     assert not reader.heard, "\n".join(map(str, reader.heard))
 
 
-def test_pages_are_complete_math_is_typeset_and_pictures_are_there(reader: Reader) -> None:
-    assert {"index.html", "scoreboard.html", f"chapters/{SLUG}.html"} <= set(reader.pages)
-    typeset = pictures = 0
+TYPESET = """async () => {
+  if (window.MathJax?.startup) await MathJax.startup.promise;
+  const all = (s) => document.querySelectorAll(s).length;
+  return [all('.bd-article span.math, .bd-article div.math'), all('mjx-container svg'),
+          [...document.querySelectorAll('[data-mjx-error], mjx-merror')].map(e => e.textContent)];
+}"""
+BROKEN = """async () => {
+  const wrong = [];
+  for (const image of document.querySelectorAll('img')) {
+    image.loading = 'eager';
+    try { await image.decode(); } catch { wrong.push(image.src + ' not loaded'); }
+    if (!image.alt.trim()) wrong.push(image.src + ' without alt text');
+  }
+  for (const media of document.querySelectorAll('video, audio'))
+    if (!media.ariaLabel) wrong.push(media.src + ' without a label');
+  return wrong;
+}"""
+ELSEWHERE = """[...document.querySelectorAll('script[src], link[href], img, iframe, source')]
+  .map(e => e.src || e.href).filter(u => u && !u.startsWith(location.origin) && !/^(data|blob):/.test(u))"""
+TALL = """[...document.querySelectorAll('div.cell_input pre')].filter(p => p.offsetHeight > 900)
+  .map(p => p.textContent.slice(0, 60))"""
+WIDE = """[document.documentElement.scrollWidth, [...document.querySelectorAll('.bd-main *')]
+  .filter(e => e.getBoundingClientRect().right > 391).slice(0, 5).map(e => e.outerHTML.slice(0, 120))]"""
+OPEN_ALL = "document.querySelectorAll('details').forEach(d => d.open = true)"
+AT_ONCE = "*, *::before, *::after { transition: none !important; animation: none !important }"
+PHONE = {"width": 390, "height": 844}
+
+
+def look_at(reader: Reader, page: str) -> dict[str, Any]:
+    """What there is to see on one page; loading a chapter takes longer than all of the looking."""
+    tab, seen = reader.open(page, "light"), {}
+    seen["math"] = tab.evaluate(TYPESET)
+    seen["broken"], seen["elsewhere"] = tab.evaluate(BROKEN), tab.evaluate(ELSEWHERE)
+    seen["pictures"] = tab.locator(".bd-article img").count()
+    if page.startswith("chapters/"):
+        button = tab.locator("a.btn-download-source-button, a.btn-download-notebook-button").first
+        seen["notebook"], seen["copy"] = button.get_attribute("href"), tab.locator("button.copybtn").count()
+        seen["tall"] = tab.evaluate(TALL)
+    tab.evaluate(OPEN_ALL)
+    tab.add_style_tag(content=AT_ONCE)
+    for theme in ("light", "dark"):
+        tab.evaluate(
+            f"document.documentElement.dataset.theme = document.documentElement.dataset.mode = '{theme}'"
+        )
+        seen[theme] = tab.evaluate(CONTRAST)
+    tab.set_viewport_size(PHONE)
+    seen["phone"] = tab.evaluate(WIDE)
+    tab.context.close()
+    return seen | {"heard": list(reader.heard)}
+
+
+@pytest.fixture(scope="module")
+def pages(reader: Reader) -> dict[str, dict[str, Any]]:
+    """{page: what was seen there}: every page is opened once, for all tests."""
+    found = {}
     for page in reader.pages:
-        tab = reader.open(page)
-        wanted, got, bad = tab.evaluate(
-            """async () => {
-              if (window.MathJax?.startup) await MathJax.startup.promise;
-              const all = (s) => document.querySelectorAll(s).length;
-              return [all('.bd-article span.math, .bd-article div.math'), all('mjx-container svg'),
-                      [...document.querySelectorAll('[data-mjx-error], mjx-merror')].map(e => e.textContent)];
-            }"""
-        )
+        reader.heard.clear()
+        found[page] = look_at(reader, page)
+    return found
+
+
+def test_pages_are_complete_math_is_typeset_and_pictures_are_there(pages: dict) -> None:
+    assert {"index.html", "scoreboard.html", f"chapters/{SLUG}.html"} <= set(pages)
+    for page, seen in pages.items():
+        wanted, got, bad = seen["math"]
         assert got >= wanted and not bad, (page, wanted, got, bad)
-        typeset += got
-        broken = tab.evaluate(
-            """async () => {
-              const wrong = [];
-              for (const image of document.querySelectorAll('img')) {
-                image.loading = 'eager';
-                try { await image.decode(); } catch { wrong.push(image.src + ' not loaded'); }
-                if (!image.alt.trim()) wrong.push(image.src + ' without alt text');
-              }
-              for (const media of document.querySelectorAll('video, audio'))
-                if (!media.ariaLabel) wrong.push(media.src + ' without a label');
-              return wrong;
-            }"""
-        )
-        assert not broken, (page, broken)
-        pictures += tab.evaluate("document.querySelectorAll('.bd-article img').length")
-        other = tab.evaluate(
-            """[...document.querySelectorAll('script[src], link[href], img, iframe, source')]
-               .map(e => e.src || e.href)
-               .filter(u => u && !u.startsWith(location.origin) && !/^(data|blob):/.test(u))"""
-        )
-        assert not other, (page, other)
-        tab.context.close()
-    assert typeset >= 10 and pictures >= 7
+        assert not seen["broken"] and not seen["elsewhere"], (page, seen["broken"], seen["elsewhere"])
+    assert not [line for seen in pages.values() for line in seen["heard"]]
+    assert sum(seen["math"][1] for seen in pages.values()) >= 10
+    assert sum(seen["pictures"] for seen in pages.values()) >= 7
 
 
 def test_a_page_opened_from_the_disk_has_its_math(made: Site, reader: Reader) -> None:
@@ -162,12 +194,12 @@ def words(notebook: Path) -> Counter:
 def test_search_finds_a_word_of_each_chapter(made: Site, reader: Reader) -> None:
     found = {n.stem: words(n) for n in (made.root / "build" / "book" / "chapters").glob("*.ipynb")}
     assert SLUG in found
+    tab = reader.open("search.html")
     for slug, own in found.items():
         others = set().union(*(f for s, f in found.items() if s != slug))
         word = max((w for w in own if w not in others), key=lambda w: own[w])
-        tab = reader.open(f"search.html?q={word}")
+        tab.goto(f"{reader.address}search.html?q={word}")
         tab.wait_for_selector(f'#search-results a[href*="chapters/{slug}.html"]', timeout=20_000)
-        tab.context.close()
 
 
 def test_picker_is_worked_by_keyboard(reader: Reader) -> None:
@@ -204,48 +236,39 @@ def test_without_scripts_the_picker_is_a_list(reader: Reader) -> None:
     assert tab.locator(".rr-controls:visible").count() == 0
 
 
-def test_chapters_offer_their_notebook_and_fold_long_code(made: Site, reader: Reader) -> None:
-    for page in [p for p in reader.pages if p.startswith("chapters/")]:
-        tab = reader.open(page)
-        link = tab.locator(
-            "a.btn-download-source-button, a.btn-download-notebook-button"
-        ).first.get_attribute("href")
-        assert link.endswith(".ipynb") and (made.html / "chapters" / link).resolve().is_file()
-        assert tab.locator("button.copybtn").count() > 0
-        tall = tab.evaluate(
-            """[...document.querySelectorAll('div.cell_input pre')].filter(p => p.offsetHeight > 900)
-               .map(p => p.textContent.slice(0, 60))"""
-        )
-        assert not tall, (page, "fold these cells with the tag hide-input", tall)
-        tab.context.close()
+def test_chapters_offer_their_notebook_and_fold_long_code(made: Site, pages: dict) -> None:
+    for page, seen in pages.items():
+        if page.startswith("chapters/"):
+            link = seen["notebook"]
+            assert link.endswith(".ipynb") and (made.html / "chapters" / link).resolve().is_file()
+            assert seen["copy"] > 0
+            assert not seen["tall"], (page, "fold these cells with the tag hide-input", seen["tall"])
 
 
-def test_no_sideways_scroll_on_a_phone(reader: Reader) -> None:
-    for page in reader.pages:
-        tab = reader.open(page, viewport={"width": 390, "height": 844}, has_touch=True)
-        tab.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
-        width = tab.evaluate("document.documentElement.scrollWidth")
-        wide = """[...document.querySelectorAll('.bd-main *')].map(e => [e.getBoundingClientRect().right, e])
-                  .filter(([right]) => right > 391).slice(0, 5).map(([, e]) => e.outerHTML.slice(0, 120))"""
-        assert width <= 390, (page, width, tab.evaluate(wide))
-        tab.context.close()
+def test_no_sideways_scroll_on_a_phone(pages: dict, reader: Reader) -> None:
+    for page, seen in pages.items():
+        width, wide = seen["phone"]
+        assert width <= 390, (page, width, wide)
+    for page in (
+        "index.html",
+        f"chapters/{SLUG}.html",
+    ):  # loaded at this size, with a finger instead of a mouse
+        tab = reader.open(page, viewport=PHONE, has_touch=True, is_mobile=True)
+        assert tab.evaluate(WIDE)[0] <= 390
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
-def test_text_is_readable(reader: Reader, theme: str) -> None:
+def test_text_is_readable(pages: dict, reader: Reader, theme: str) -> None:
     """WCAG 2 AA: 4.5 to 1, large text 3 to 1."""
-    faint, seen = {}, 0
-    for page in reader.pages:
-        tab = reader.open(page, theme)
-        assert tab.evaluate("document.documentElement.dataset.theme") == theme
-        tab.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
-        found, counted = tab.evaluate(CONTRAST)
-        seen += counted
-        if found:
-            faint[page] = found[:8]
-        tab.context.close()
+    faint = {page: seen[theme][0][:8] for page, seen in pages.items() if seen[theme][0]}
     assert not faint, json.dumps(faint, indent=1, ensure_ascii=False)
-    assert seen > 500
+    assert sum(seen[theme][1] for seen in pages.values()) > 500
+    tab = reader.open("index.html", theme)
+    assert tab.evaluate("document.documentElement.dataset.theme") == theme, "a reader's choice is kept"
+    tab.evaluate(OPEN_ALL)
+    assert tab.evaluate(CONTRAST) == pages["index.html"][theme], (
+        "switching on the page gives the same colours"
+    )
 
 
 def test_the_contrast_check_sees_faint_text(reader: Reader) -> None:
