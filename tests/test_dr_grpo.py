@@ -517,26 +517,28 @@ def save_qwen2(folder: Path, seed: int) -> Path:
     return folder
 
 
-def test_checkpoint_path(tmp_path) -> None:
-    """The whole notebook in smoke on two checkpoints: it ends well and gives different numbers."""
+def test_checkpoint_path(tmp_path, monkeypatch) -> None:
+    """The whole notebook in smoke on a checkpoint: it prints that model's numbers, not another's."""
     pytest.importorskip("math_verify")
+    import readrun
     from readrun.execute import execute
 
     problems = tmp_path / "questions.jsonl"
     problems.write_text("\n".join(json.dumps({"problem": f"{n}+1?", "answer": str(n + 1)}) for n in range(4)))
-    said = []
-    for seed, template in ((0, "qwen_math"), (1, "qwen_math")):
-        folder = save_qwen2(tmp_path / f"model{seed}", seed)
-        assert (folder / "model.safetensors.index.json").is_file()
-        status = execute(
-            "dr_grpo", profile="smoke", folder=tmp_path / f"run{seed}",
-            parameters={"checkpoint": str(folder), "template": template, "questions": str(problems)},
-        )  # fmt: skip
-        assert status["state"] == "ok", status["error"] + status["traceback"]
-        cells = json.loads((tmp_path / f"run{seed}" / "executed.ipynb").read_text())["cells"]
-        text = "".join("".join(o.get("text", "")) for c in cells for o in c.get("outputs", []))
-        said.append(next(line for line in text.splitlines() if "mean log-probability" in line))
-    assert said[0] != said[1]
+    folders = [save_qwen2(tmp_path / f"model{seed}", seed) for seed in (0, 1)]
+    assert (folders[0] / "model.safetensors.index.json").is_file()
+    status = execute(
+        "dr_grpo", profile="smoke", folder=tmp_path / "run",
+        parameters={"checkpoint": str(folders[0]), "template": "qwen_math", "questions": str(problems)},
+    )  # fmt: skip
+    assert status["state"] == "ok", status["error"] + status["traceback"]
+    cells = json.loads((tmp_path / "run" / "executed.ipynb").read_text())["cells"]
+    text = "".join("".join(o.get("text", "")) for c in cells for o in c.get("outputs", []))
+    started = readrun.start("dr_grpo", profile="smoke", device="cpu", out=str(tmp_path / "direct"))
+    monkeypatch.setattr(q, "run", started, raising=False)
+    own = [q.own_model(str(f), "qwen_math", str(problems), group_size=8, budget=48) for f in folders]
+    said = [f"mean log-probability {found['logp']:.4f} " for found in own]
+    assert said[0] in text and said[1] not in text
 
 
 @pytest.mark.parametrize("template", ["none", "r1"])
