@@ -1974,11 +1974,15 @@ for c in contexts[:3]:
 # ### Language model
 #
 # In `gpu` the model has about 33 M parameters and reads about 16 M tokens of training docstrings before it
-# learns to cite. In `cpu` a committed model of about one million parameters is evaluated, which
-# `make_checkpoint` trained on one CPU core, without a language-model phase. That is its weakness: at
-# $\tau=0.01$ the gradient of the contrastive loss is so much larger than that of the other one that joint
-# training from random weights learns to retrieve and hardly to write. Its language gate fails, and the
-# claims that need it are void in `cpu`.
+# learns to cite. In `cpu` a committed model of about one million parameters is evaluated; the cell below
+# prints how it was made. Without a language-model phase it has a weakness: at $\tau=0.01$ the gradient of the
+# contrastive loss is so much larger than that of the other one that joint training from random weights
+# learns to retrieve and hardly to write. Its language gate fails, and the claims that need it are void in
+# `cpu`.
+
+# %%
+manifest = json.loads((paths.assets(run.slug) / "MANIFEST.json").read_text())
+print("committed model:", manifest["small/model.safetensors"]["how"])
 
 
 # %%
@@ -3213,31 +3217,40 @@ for title, score in zip(own["titles"], own["scores"], strict=True):
 print(own["text"][:400])
 
 # %% [markdown]
-# The committed checkpoint was made with the same definitions, on one CPU core; so were the corpus
-# (`mine_citations` on the versions in `VERSIONS.json`, then `save_corpus`) and the ranks of the untrained
-# retrievers (`make_baselines`).
+# `make_checkpoint` trains such a small model, the language model first, then both losses. The committed one
+# is older: `MANIFEST.json` says how it was made. The corpus is `mine_citations` on the versions in
+# `VERSIONS.json`, then `save_corpus`; the ranks of the untrained retrievers are `make_baselines`'s.
 #
 # ```
 # python -c "import readrun; readrun.chapter('scholar_copilot').make_checkpoint('small')"
 # ```
 
 # %%
-SMALL = {
+SMALL: dict[str, Any] = {
     "vocab_size": 4096,
     "size": dict(hidden_size=128, intermediate_size=384, num_hidden_layers=2, num_attention_heads=4),
-    "recipe": dict(steps=400, batch=32, max_len=256, content=16, doc_tokens=48, lr=1.5e-3, targets=4),
+    "pretrain": dict(steps=4000, batch=32, length=192, lr=3e-3),
+    "recipes": [  # both losses, one round of short and one of long rows
+        dict(steps=600, batch=32, max_len=192, content=16, doc_tokens=48, lr=1e-3, targets=4),
+        dict(steps=300, batch=32, max_len=384, content=16, doc_tokens=48, lr=7e-4, targets=4),
+    ],
 }  # fmt: skip
 
 
-def make_checkpoint(folder: str, seed: int = 0) -> np.ndarray:
-    """Train and save (float16) the small model of `smoke` and `cpu` on one CPU core; (steps, 2) losses."""
-    corpus = corpus_for(0)
+def make_checkpoint(folder: str, seed: int = 0, device: str = "cpu") -> np.ndarray:
+    """Train and save (float16) the small model of `smoke` and `cpu`; (steps, 2) losses.
+
+    A minute on a GPU, most of an hour on one CPU core: the language model first, then both losses.
+    """
+    corpus, losses = corpus_for(0), []
     tok = train_tokenizer(training_texts(corpus), SMALL["vocab_size"])
-    model = make_model(SMALL["size"], tok, 512, seed)
-    losses = finetune(model, tok, corpus, "unified", SMALL["recipe"], seed)
-    model.half().save_pretrained(folder)
+    model = make_model(SMALL["size"], tok, 512, seed).to(device)
+    pretrain(model, tok, training_texts(corpus), seed=seed, **SMALL["pretrain"])
+    for number, recipe in enumerate(SMALL["recipes"]):
+        losses.append(finetune(model, tok, corpus, "unified", recipe, seed + number))
+    model.half().cpu().save_pretrained(folder)
     tok.save_pretrained(folder)
-    return losses
+    return np.concatenate(losses)
 
 
 # %% [markdown]
