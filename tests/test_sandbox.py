@@ -123,6 +123,56 @@ def test_layers_are_those_found_from_outside(backend):
     assert report["landlock"]
 
 
+COUNT = {  # start one after the other until the kernel refuses, say how many there were
+    "compute": """
+import threading
+threading.stack_size(65536)
+stop, made = threading.Event(), 0
+try:
+    while made < 150: threading.Thread(target=stop.wait, daemon=True).start(); made += 1
+except RuntimeError: pass
+print(made)
+""",
+    "script": """
+import os, signal
+made = []
+try:
+    while len(made) < 150:
+        if not (pid := os.fork()): signal.pause()
+        made.append(pid)
+except BlockingIOError: pass
+print(len(made))
+""",
+}
+
+
+@pytest.mark.parametrize("kind", COUNT)
+def test_the_kernel_holds_the_limit_on_processes_when_the_host_never_looks(backend, kind, monkeypatch):
+    monkeypatch.setattr(sandbox_box.Box, "_excess", lambda *_: "")
+    job = COUNT[kind] if kind == "compute" else ["python", "-S", "-c", COUNT[kind]]
+
+    def made(processes: int) -> int:
+        result = run(job, Policy(kind), Limits(time=20, processes=processes))
+        assert result.status == "ok", result
+        return int(result.stdout)
+
+    for processes in (1, 32):
+        assert processes - 1 <= made(processes) < processes + sandbox_box.SPARE
+    assert made(200) == 150  # the control: nothing else stops it
+
+
+def test_a_limit_that_only_the_host_holds_is_reported(backend, monkeypatch, tmp_path):
+    if Path("/proc/self/uid_map").read_text().split() != ["0", "0", "4294967295"] or os.geteuid():
+        pytest.skip("only the machine's own root has processes that the kernel does not limit")
+    tmp_path.chmod(0o700)  # as if nobody could not read an installed package
+    real = sandbox_box._packages()
+    monkeypatch.setattr(sandbox_box, "_packages", lambda: [str(tmp_path), *real])
+    sandbox.close()
+    report = sandbox.report()
+    sandbox.close()
+    assert [layer for layer in sandbox.LAYERS if not report[layer]] == ["processes"]
+
+
 def test_nothing_of_the_host_is_mounted(backend):
     result = run(
         [

@@ -76,7 +76,9 @@ class World:
     def __enter__(self) -> World:
         self._stack = contextlib.ExitStack()
         self.folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="readrun")))
+        self.folder.chmod(0o755)  # all is open to anyone: a path must be missing, not only a permission
         (self.folder / "outside").mkdir()
+        (self.folder / "outside").chmod(0o777)
         (self.folder / "secret").write_text(self.secret)
         descriptor = os.open(self.folder / "secret", os.O_RDONLY)  # for a job that inherits too much
         os.set_inheritable(descriptor, True)
@@ -84,6 +86,7 @@ class World:
         home, name = tempfile.mkstemp(prefix=".readrun-", dir=Path.home())
         with os.fdopen(home, "w") as file:
             file.write(self.secret)
+        os.chmod(name, 0o644)
         self._stack.callback(os.unlink, name)
         os.environ["READRUN_CANARY"] = self.secret
         self._stack.callback(os.environ.pop, "READRUN_CANARY", None)
@@ -112,6 +115,7 @@ class World:
         udp.bind(("127.0.0.1", port))
         unix, abstract = socket.socket(socket.AF_UNIX), socket.socket(socket.AF_UNIX)
         unix.bind(str(self.folder / "unix"))
+        (self.folder / "unix").chmod(0o777)
         abstract.bind("\0" + self.token)
 
         def serve(server: socket.socket) -> None:

@@ -12,6 +12,7 @@ import importlib.util
 import marshal
 import math
 import os
+import re
 import select
 import selectors
 import signal
@@ -31,6 +32,7 @@ from readrun import sandbox_inside as inside
 from readrun.sandbox import SandboxUnavailable
 
 START, GRACE, TICK = 60.0, 3.0, 0.02  # seconds: to start a sandbox, to end a job, between looks at a job
+SPARE = 8  # processes that the kernel counts and we do not: process 1, and orphans it has yet to bury
 MIB = 2**20
 SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/etc/ld.so.cache", "/etc/alternatives")
 CHILDREN = os.path.exists("/proc/thread-self/children")  # not in every kernel
@@ -109,13 +111,15 @@ def _plan(kind: str, preload: Sequence[str]) -> tuple[list[tuple[str, str, str]]
     return plan, [*packages, "/packages"], rules
 
 
-def _bwrap(plan: list[tuple[str, str, str]], disk: int) -> list[str]:
-    """The same plan as options of bubblewrap."""
-    options = (
-        "bwrap --unshare-all --as-pid-1 --uid 65534 --gid 65534 --cap-drop ALL --hostname sandbox".split()
-    )
-    if os.geteuid() == 0:  # for `inside.main`, which gives it up
-        options += ["--cap-add", "CAP_SYS_ADMIN"]
+def _bwrap(plan: list[tuple[str, str, str]], disk: int, fds: list[int]) -> list[str]:
+    """The same plan as options of bubblewrap; with two `fds` it asks the host to map the users."""
+    options = "bwrap --unshare-all --as-pid-1 --cap-drop ALL --hostname sandbox".split()
+    if len(fds) == 2:  # the capabilities are for `inside.main`, which gives them up
+        options += f"--unshare-user --userns-block-fd {fds[0]} --info-fd {fds[1]}".split()
+        for name in "CHOWN SETGID SETUID SYS_ADMIN".split():
+            options += ["--cap-add", f"CAP_{name}"]
+    else:
+        options += ["--uid", f"{inside.NOBODY}", "--gid", f"{inside.NOBODY}"]
     for kind, source, target in plan:
         if kind == "empty":
             options += ["--tmpfs", target, "--remount-ro", target]
@@ -123,7 +127,7 @@ def _bwrap(plan: list[tuple[str, str, str]], disk: int) -> list[str]:
             options += ["--proc", target, "--remount-ro", target]
         else:
             flag = {"link": "--symlink", "bind": "--ro-bind", "device": "--dev-bind"}[kind]
-            options += [flag, source, target]
+            options += ["--dir", os.path.dirname(target), flag, source, target]  # else nobody may pass
     return [*options, "--size", str(disk), "--tmpfs", "/scratch", "--remount-ro", "/", "--chdir", "/", "--"]
 
 
@@ -149,33 +153,28 @@ class Box:
         host, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         host.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
         host.settimeout(START)
-        config = {"control": other.fileno(), "kind": kind, "preload": preload, "packages": packages}
-        config |= {"readable": rules, "plan": None}
-        config["devices"] = [target for what, _, target in plan if what == "device" and os.geteuid() == 0]
-        command = [os.path.realpath(sys.executable), "-s", "-P", "-S", "-B"]
-        if backend == "namespaces":
-            size = f"size={disk},nr_inodes={files + 100},mode=755"
-            config["plan"] = [*plan, ("scratch", size, "/scratch")]
-        command += ["-c", f"{Path(inside.__file__).read_text(encoding='utf-8')}\nmain({config!r})"]
-        command = (_bwrap(plan, disk) if backend == "bwrap" else []) + command
+        root, alone = os.geteuid() == 0, backend == "namespaces"
+        ends = [other, other.dup()] if root and not alone else [other]
+        fds = [end.fileno() for end in ends]
+        scratch = ("scratch", f"size={disk},nr_inodes={files + 100},mode=755", "/scratch")
+        config = {"control": fds[0], "kind": kind, "preload": preload, "packages": packages}
+        config |= {"readable": rules, "plan": [*plan, scratch] if alone else None, "mapped": root or alone}
+        config["devices"] = [target for what, _, target in plan if what == "device" and root]
+        command = [] if alone else _bwrap(plan, disk, fds)
+        command += [os.path.realpath(sys.executable), "-s", "-P", "-S", "-B", "-c"]
+        command += [f"{Path(inside.__file__).read_text(encoding='utf-8')}\nmain({config!r})"]
+        how: dict[str, Any] = {"env": self.environment, "cwd": "/", "pass_fds": fds}
+        how |= dict.fromkeys(("stdin", "stdout"), subprocess.DEVNULL)
         self.socket = host
         with tempfile.TemporaryFile() as said:
             try:
-                self.process = subprocess.Popen(
-                    command,
-                    env=self.environment,
-                    cwd="/",
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL,
-                    stderr=said,
-                    pass_fds=[other.fileno()],
-                    start_new_session=True,
-                )
+                self.process = subprocess.Popen(command, stderr=said, start_new_session=True, **how)
             except OSError as error:
                 host.close()
                 raise SandboxUnavailable(f"{backend}: {error}") from None
             finally:
-                other.close()
+                for end in ends:
+                    end.close()
             try:
                 self._meet(packages)
             except BaseException as error:
@@ -188,13 +187,14 @@ class Box:
 
     def _meet(self, packages: Sequence[str]) -> None:
         """Map the users if asked, learn the process and its namespaces, refuse what is not isolated."""
-        message, ancillary, _, _ = self.socket.recvmsg(16, 256)
-        if message == b"map":
-            self.socket.send(self._map_users(packages))
-            message, ancillary, _, _ = self.socket.recvmsg(16, 256)
-        if message != b"hello":
-            raise OSError("it ended before its first word")
-        for _, kind, data in ancillary:
+        while (heard := self.socket.recvmsg(256, 256))[0] != b"hello":
+            if not heard[0]:
+                raise OSError("it ended before its first word")
+            if waits := re.search(rb"child-pid\D+(\d+)", heard[0]):
+                word = self._map_users(int(waits[1]), packages)
+                for _ in range(2):  # one lets it go on, the other tells process 1 who it can be
+                    self.socket.send(word)
+        for _, kind, data in heard[1]:
             if kind == socket.SCM_RIGHTS:
                 self.work = int.from_bytes(data[:4], sys.byteorder)
             else:  # SCM_CREDENTIALS: the kernel's word for its process number out here
@@ -217,9 +217,9 @@ class Box:
             raise what(f"preload: {ready['failed']}")
         self.layers["landlock"] = ready["landlock"]
 
-    def _map_users(self, packages: Sequence[str]) -> bytes:
-        """Let process 1 be nobody where we are root (limits bind nobody only), else itself."""
-        user, group, folder = os.geteuid(), os.getegid(), f"/proc/{self.process.pid}"
+    def _map_users(self, pid: int, packages: Sequence[str]) -> bytes:
+        """Let process 1 be nobody where we are root, whose processes no kernel limits; else itself."""
+        user, group, folder = os.geteuid(), os.getegid(), f"/proc/{pid}"
         needed = [os.path.realpath(sys.executable), os.path.realpath(sys.base_prefix), *packages[:-1]]
         if user == 0 and all(os.stat(path).st_mode & 0o5 == 0o5 for path in needed):
             with contextlib.suppress(OSError):
@@ -298,7 +298,7 @@ class Box:
     def _rlimits(self, limits: Any) -> dict[str, int]:
         cores = min(os.cpu_count() or 1, limits.processes)
         # CORE 1: like 0, and no handler of the host is started for it either
-        shared = {"CORE": 1, "NPROC": limits.processes + 8, "CPU": math.ceil(limits.time * cores) + 1}
+        shared = {"CORE": 1, "NPROC": limits.processes + SPARE, "CPU": math.ceil(limits.time * cores) + 1}
         if self.kind == "script":  # what all processes use together is watched from here
             return shared | {"DATA": 2 * limits.memory * MIB, "FSIZE": limits.disk * MIB, "NOFILE": 512}
         with contextlib.suppress(OSError):  # it has just ended: the job will not start either

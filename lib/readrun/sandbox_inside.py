@@ -277,8 +277,13 @@ def main(config: dict[str, Any]) -> None:
     if config["plan"] is not None:
         namespaces(config, control)
     else:
-        for path in config["devices"]:  # root's jobs own them, and could change the modes of the host's
+        for path in config["devices"]:  # a job that stays root owns them, and could change their modes
             restrict(path, 3)
+    if config["mapped"] and control.recv(16) == b"two":  # the host, root, has mapped 0 and nobody
+        os.chown("/scratch", NOBODY, NOBODY)
+        os.setgroups([])
+        os.setresgid(NOBODY, NOBODY, NOBODY)
+        os.setresuid(NOBODY, NOBODY, NOBODY)
     call("capset", struct.pack("Ii", 0x20080522, 0), bytes(24))
     if os.getpid() != 1:  # `kill(-1)` below must never meet the host's processes
         return
@@ -330,8 +335,8 @@ def namespaces(config: dict[str, Any], control: socket.socket) -> None:
     The first process stays outside the PID namespace and waits, as bubblewrap's does.
     """
     call("unshare", 0x7E020000)  # mount, cgroup, host name, IPC, user, PID, network
-    control.send(b"map")
-    drop = control.recv(16) == b"two"  # the host, root, has mapped 0 and nobody
+    control.send(b"child-pid: %d" % os.getpid())  # as bubblewrap says it
+    control.recv(16)  # the users are mapped
     if pid := os.fork():
         control.close()
         os._exit(abs(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])) & 255)
@@ -370,8 +375,3 @@ def namespaces(config: dict[str, Any], control: socket.socket) -> None:
     any_socket = socket.socket()
     fcntl.ioctl(any_socket, 0x8914, struct.pack("16sH14x", b"lo", 0x1 | 0x40))  # loopback up
     any_socket.close()
-    if drop:
-        os.chown("/scratch", NOBODY, NOBODY)
-        os.setgroups([])
-        os.setresgid(NOBODY, NOBODY, NOBODY)
-        os.setresuid(NOBODY, NOBODY, NOBODY)
