@@ -5,23 +5,28 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 from types import SimpleNamespace
 
+import cv2
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from readrun import chapter, cogvideox
+from readrun import boxworld, chapter, cogvideox
 from readrun.llm import LLMError, ScriptedLLM
-from scipy import stats
+from scipy import ndimage, stats
 
 q = chapter("vlm_physics")
 TINY = q.SMALL | dict(
     frames=9, latent_frames=3, net=dict(hidden=32, depth=1, heads=2), vlm=dict(width=32, depth=1), steps=2,
-    fit=dict(pool=6, batch=4, steps=2, lr=1e-3, lesson=0.5), vlm_fit=dict(pool=6, batch=4, steps=2, lr=1e-3,
+    fit=dict(pool=6, batch=4, steps=2, lr=1e-3, warmup=1, lesson=0.5), vlm_fit=dict(pool=6, batch=4, steps=2, lr=1e-3,
         new_tokens=8),
 )  # fmt: skip
 
@@ -66,7 +71,7 @@ def test_bounces_follow_the_closed_form() -> None:
 
 def test_rolling_and_magnet_against_small_steps() -> None:
     t, dt = np.linspace(0, 3, 4), 1e-4
-    a, b, (hit,) = q.roll_into(t, 0.1, 0.4, 0.12, (1.0, 3.0), (0.12, 0.3), 0.5)
+    a, b, (hit,) = boxworld.roll_into(t, 0.1, 0.4, 0.12, (1.0, 3.0), (0.12, 0.3), 0.5)
     xa, xb, va, vb, met = 0.0, 0.1, 0.4, 0.0, False
     for _ in range(30000):
         va -= math.copysign(min(0.12 * dt, abs(va)), va)
@@ -77,7 +82,9 @@ def test_rolling_and_magnet_against_small_steps() -> None:
             va, vb = (va + 3 * vb) / 4 - 3 * 0.5 * (va - vb) / 4, (va + 3 * vb) / 4 + 0.5 * (va - vb) / 4
     np.testing.assert_allclose([a[-1], 0.1 + b[-1]], [xa, xb], atol=1e-3)
     assert a[1] < 0.1 + b[1] and 0 < hit < 1
-    gap, _ = q.magnet_gap(np.linspace(0, 0.5, 400), 0.1, 0.06, 0.0, 1, 9.0)  # energy: v²/2 = k (1/r0 - 1/r)
+    gap, _ = boxworld.magnet_gap(
+        np.linspace(0, 0.5, 400), 0.1, 0.06, 0.0, 1, 9.0
+    )  # energy: v²/2 = k (1/r0 - 1/r)
     speed = np.gradient(gap, 0.5 / 399)[200]
     assert speed**2 / 2 == pytest.approx(0.06 * (1 / 0.35 - 1 / (gap[200] + 0.25)), rel=0.02)
 
@@ -128,7 +135,7 @@ GOOD = "Frame 1: [{'id': 0, 'name': 'a', 'box': [1, 2, 3, 4]}]\n"
 
 @pytest.mark.parametrize(
     "second, match",
-    [("", "missing"), (GOOD.replace("1:", "2:").replace("'id': 0", "'id': 7"), "ids"),
+    [("", "missing"), (GOOD.replace("1:", "2:").replace("}]", "}, {'id': 0, 'name': 'a', 'box': [1, 2, 3, 4]}]"), "id"), (GOOD.replace("1:", "2:").replace("'id': 0", "'id': 7"), "ids"),
      (GOOD.replace("1:", "2:").replace("3, 4", "0, 4"), "width"), (GOOD.replace("1:", "2:").replace("3, 4",
          "nan, 4"), "finite"),
      (GOOD.replace("1:", "2:").replace("1, 2, 3, 4", "1, 2, 3"), "finite"), ("Frame 2: nothing\n", "finite"),
@@ -142,6 +149,8 @@ def test_what_is_no_plan(second, match) -> None:
 
 
 def test_repaired_plans_warn() -> None:
+    with pytest.warns(UserWarning, match="not asked for"):
+        assert q.parse_plan(GOOD.replace("'", '"') + GOOD.replace("1:", "2:"), 1).names == ["a"]
     with pytest.warns(UserWarning, match="clipped"):
         assert q.parse_plan(GOOD.replace("1, 2", "62, 2"), 1).boxes[0, 0].tolist() == [62, 2, 2, 4]
     with pytest.warns(UserWarning, match="twice"):
@@ -174,6 +183,7 @@ def test_planners_from_nothing_to_the_truth() -> None:
         q.RulePlanner().plan(None, "A block slides slowly over ice.", np.zeros((0, 4)), size)
     with pytest.raises(ValueError, match="category"):
         q.RulePlanner().plan(None, "A glass breaks.", np.ones((1, 4)), size)
+    assert (q.StaticPlanner(3).plan(None, "A glass breaks.", np.ones((1, 4)), size).boxes == 1).all()
 
 
 def test_any_vlm_is_a_planner_and_errors_are_said() -> None:
@@ -280,6 +290,9 @@ def test_animation_moves_crops_and_fills_holes() -> None:
     np.testing.assert_allclose(clip[1, 4:12, 16:24], frame[4:12, 4:12], atol=0.01)
     assert np.abs(clip[1, 4:12, 4:12] - 0.5).max() < 0.2
     assert np.abs(clip[2, 4:20, 16:24] - [0.9, 0.1, 0.1]).max() < 0.01
+    for bad in ([np.nan, 4, 8, 8], [4, 4, 0, 8], [40, 4, 8, 8], [4, -9, 8, 8]):
+        with pytest.raises(ValueError, match="boxes"):
+            q.animate(frame, np.stack([boxes[0], [bad]]))
 
 
 def test_flow_is_the_motion_of_boxes() -> None:
@@ -296,8 +309,6 @@ def test_flow_is_the_motion_of_boxes() -> None:
 
 
 def test_flow_agrees_with_an_estimator() -> None:
-    import cv2
-
     scene = q.draw_scene(np.random.default_rng(1), "melt")
     boxes = np.repeat(scene.start[None] * 128, 2, 0)
     boxes[1, 0, :2] += [3, -2]
@@ -411,6 +422,8 @@ def test_noise_stays_white_through_a_swirl() -> None:
     assert abs(report["mean"]) < 4 / n**0.5 and abs(report["variance"] - 1) < 4 * (2 / n) ** 0.5
     assert abs(report["kurtosis"]) < 4 * (24 / n) ** 0.5
     assert abs(report["right"]) < 4 / n**0.5 and abs(report["below"]) < 4 / n**0.5
+    assert abs((noise[..., 2:] * noise[..., :-2]).mean()) < 4 / n**0.5
+    assert abs((noise[:, 2:] * noise[:, :-2]).mean()) < 4 / n**0.5
     assert stats.kstest(noise.flatten().numpy(), "norm").pvalue > 1e-3
     bilinear = q.noise_report(32, 20, 4, 0)["bilinear"]
     assert bilinear["variance"] < 0.7 and bilinear["right"] > 0.1, "the same test sees what is not white"
@@ -447,6 +460,9 @@ def test_mixing_and_latent_frames() -> None:
         rho = np.corrcoef(per_frame[t].flatten(), noise[t].flatten())[0, 1]
         assert rho == pytest.approx(q.correlation((0.4, 0.6)[t]), abs=0.06)
     assert q.nearest_latent_frames(torch.arange(49), 13).tolist() == list(range(0, 49, 4))
+    for n in (1, 14):
+        with pytest.raises(ValueError, match="n:"):
+            q.nearest_latent_frames(noise, n)
     for bad in (-0.1, 1.1, [0.5] * 3):
         with pytest.raises(ValueError, match="gamma"):
             q.mix_noise(noise, bad)
@@ -459,6 +475,10 @@ def test_bad_flows_are_refused() -> None:
             q.warp_noise_step(noise, w, torch.full((1, 2, 8, 8), value))
     with pytest.raises(ValueError, match="match"):
         q.warp_noise_step(noise, w, torch.zeros(1, 2, 4, 4))
+    with pytest.raises(ValueError, match="grouping"):
+        q.warp_noise_step(noise, w, torch.zeros(1, 2, 8, 8), grouping="colour")
+    with pytest.raises(ValueError, match="flow"):
+        q.warp_noise(torch.full((2, 2, 8, 8), float("nan")), 4)
     for name, options in (("up", dict(up=1.5)), ("down", dict(down=3))):
         with pytest.raises(ValueError, match=name):
             q.warp_noise(torch.zeros(2, 2, 8, 8), 4, **options)
@@ -471,6 +491,21 @@ def test_grouping_by_value_is_the_same_warp() -> None:
     ]
     torch.testing.assert_close(found[0][1], found[1][1])
     torch.testing.assert_close(found[0][0], found[1][0], atol=1e-5, rtol=1e-4)
+
+
+def test_kernels_split_and_merge_alike() -> None:
+    """The three Triton kernels in Triton's interpreter: what is fixed is equal, what is drawn has the law."""
+    pytest.importorskip("triton")
+    here = Path(__file__)
+    env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{here.parent.parent / 'lib'}"}
+    script = [sys.executable, str(here.with_name("vlm_physics_triton.py"))]
+    done = subprocess.run(script, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout)
+    assert found["mass"] < 1e-5 and found["fixed"] < 1e-5 and found["fixed_count"] > 15
+    assert found["split"] < 1e-5 and found["sources"] > 5 and abs(found["copies"]) < 4 / (17 * 5) ** 0.5
+    assert found["fresh"] > 1e-3 and found["fresh_count"] > 300 and found["across"] < 5
+    assert found["repeats"] == 0, "another seed draws other noise"
 
 
 # ---------------------------------------------------------------- the video model
@@ -544,6 +579,26 @@ def test_physics_iq_knows_real_from_static() -> None:
     assert not q.motion_masks(real1[0])[0].any() and q.motion_masks(real1[0])[1:].any()
     with pytest.raises(ValueError, match="clips"):
         q.physics_iq(real1[:1], real1, real2)
+
+
+def test_masks_equal_filters_written_out() -> None:
+    """The published recipe without OpenCV's filters: scipy's blur, an average by hand, morphology by extremes."""
+    blur, same, either = np.array([1, 4, 6, 4, 1]) / 16, 0, 0
+    for clip in takes()[1]:
+        average, found = None, q.motion_masks(clip)
+        for frame, mask in zip((clip * 255).astype(np.uint8), found, strict=True):
+            big = cv2.resize(frame, (192, 192), interpolation=cv2.INTER_LINEAR)
+            grey = (big @ np.array([0.299, 0.587, 0.114])).round()
+            for axis in (0, 1):
+                grey = ndimage.correlate1d(grey, blur, axis, mode="mirror")
+            grey = grey.round()
+            average = grey if average is None else 0.7 * average + 0.3 * grey
+            moved = np.abs(grey - average.round()) > 10
+            for low in (True, False, False, True):  # open: minimum, maximum; close: maximum, minimum
+                pick = ndimage.minimum_filter if low else ndimage.maximum_filter
+                moved = pick(moved, 5, mode="constant", cval=low)
+            same, either = same + (mask & moved[::4, ::4]).sum(), either + (mask | moved[::4, ::4]).sum()
+    assert either > 1000 and same / either > 0.95
 
 
 def test_metrics_by_hand() -> None:
