@@ -19,15 +19,24 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from readrun import boxworld, chapter, cogvideox
+from PIL import Image
+from readrun import boxworld, chapter, cogvideox, lm
 from readrun.llm import LLMError, ScriptedLLM
 from scipy import ndimage, stats
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+)
 
 q = chapter("vlm_physics")
 TINY = q.SMALL | dict(
     frames=9, latent_frames=3, net=dict(hidden=32, depth=1, heads=2), vlm=dict(width=32, depth=1), steps=2,
-    fit=dict(pool=6, batch=4, steps=2, lr=1e-3, warmup=1, lesson=0.5), vlm_fit=dict(pool=6, batch=4, steps=2, lr=1e-3,
-        new_tokens=8),
+    fit=dict(pool=6, batch=4, steps=2, lr=1e-3, warmup=1, lesson=0.5),
+    vlm_fit=dict(pool=6, batch=4, steps=2, lr=1e-3, new_tokens=8),
 )  # fmt: skip
 
 
@@ -131,16 +140,15 @@ def test_plans_survive_the_round_trip(keys, count, seed) -> None:
 
 
 GOOD = "Frame 1: [{'id': 0, 'name': 'a', 'box': [1, 2, 3, 4]}]\n"
+NEXT = GOOD.replace("1:", "2:")
 
 
 @pytest.mark.parametrize(
     "second, match",
-    [("", "missing"), (GOOD.replace("1:", "2:").replace("}]", "}, {'id': 0, 'name': 'a', 'box': [1, 2, 3, 4]}]"), "id"), (GOOD.replace("1:", "2:").replace("'id': 0", "'id': 7"), "ids"),
-     (GOOD.replace("1:", "2:").replace("3, 4", "0, 4"), "width"), (GOOD.replace("1:", "2:").replace("3, 4",
-         "nan, 4"), "finite"),
-     (GOOD.replace("1:", "2:").replace("1, 2, 3, 4", "1, 2, 3"), "finite"), ("Frame 2: nothing\n", "finite"),
-     (GOOD.replace("1:", "2:").replace("1, 2", "x, 2"), "numbers"), (GOOD.replace("1:", "2:").replace("1, 2",
-         "99, 2"), "outside")],
+    [("", "missing"), (NEXT.replace("'id': 0", "'id': 7"), "ids"), (NEXT.replace("3, 4", "0, 4"), "width"),
+     (NEXT.replace("3, 4", "nan, 4"), "finite"), (NEXT.replace("1, 2, 3, 4", "1, 2, 3"), "finite"),
+     ("Frame 2: nothing\n", "finite"), (NEXT.replace("1, 2", "x, 2"), "numbers"),
+     (NEXT.replace("1, 2", "99, 2"), "outside"), (NEXT[:-2] + ", " + NEXT[10:], "given twice")],
 )  # fmt: skip
 @pytest.mark.filterwarnings("ignore:a box leaves")
 def test_what_is_no_plan(second, match) -> None:
@@ -150,7 +158,7 @@ def test_what_is_no_plan(second, match) -> None:
 
 def test_repaired_plans_warn() -> None:
     with pytest.warns(UserWarning, match="not asked for"):
-        assert q.parse_plan(GOOD.replace("'", '"') + GOOD.replace("1:", "2:"), 1).names == ["a"]
+        assert q.parse_plan(GOOD.replace("'", '"') + NEXT, 1).names == ["a"]
     with pytest.warns(UserWarning, match="clipped"):
         assert q.parse_plan(GOOD.replace("1, 2", "62, 2"), 1).boxes[0, 0].tolist() == [62, 2, 2, 4]
     with pytest.warns(UserWarning, match="twice"):
@@ -274,7 +282,47 @@ def test_tiny_vlm_sees_and_is_trained_on_answers_only() -> None:
             for p in (q.pictures_of(some, TINY), torch.zeros(4, 3, 32, 32))
         )
     assert not torch.allclose(one, two)
-    assert len(q.TinyVLMPlanner(model, TINY).answers(some)) == 4
+    planner, seen = q.TinyVLMPlanner(model, TINY), []
+    assert len(planner.answers(some)) == 4
+    planner.answers = lambda scenes, pictures: seen.append(pictures) or [q.planner_text(some[0], 3)[1]]
+    picture = np.random.default_rng(0).integers(0, 256, (64, 64, 3)).astype(np.uint8)
+    for image in (picture / 255, Image.fromarray(picture)):
+        plan = planner.plan(image, some[0].caption, some[0].start * 32, (32, 32))
+    torch.testing.assert_close(*seen)
+    assert -1 <= seen[0].min() and seen[0].max() <= 1
+    assert q.plan_iou(plan.boxes, q.simulate(some[0], 3, 32).boxes) > 0.7  # from the 64 grid to this frame
+
+
+def test_checkpoints_plan_and_differ(tmp_path, monkeypatch) -> None:
+    """Two tiny Llavas in the published layout (processor, sharded weights) go through `checkpoint`."""
+    tok = lm.word_tokenizer(["A ball falls onto the floor", ". : [ ] { } ' , 0 1 2"])
+    tok.add_tokens(["<image>"])
+    part = "{{ '<image>' if part['type'] == 'image' else part['text'] }}"
+    template = "{% for m in messages %}{% for part in m['content'] %}" + part + "{% endfor %}{% endfor %}"
+    pictures = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    processor = LlavaProcessor(
+        pictures, tok, patch_size=8, vision_feature_select_strategy="default", chat_template=template,
+        num_additional_image_tokens=1,
+    )  # fmt: skip
+    small, words = dict(hidden_size=16, intermediate_size=16, num_attention_heads=2), []
+    text = LlamaConfig(vocab_size=len(tok), num_hidden_layers=1, eos_token_id=None, pad_token_id=0, **small)
+    vision = CLIPVisionConfig(num_hidden_layers=2, image_size=16, patch_size=8, **small)
+    image = tok.convert_tokens_to_ids("<image>")
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=image)
+    monkeypatch.setattr(q.LLMPlanner.__init__, "__defaults__", (3, 8))
+    for folder in (tmp_path / "0", tmp_path / "1"):
+        with torch.random.fork_rng():
+            torch.manual_seed(int(folder.name))
+            model = LlavaForConditionalGeneration(config)
+        for p in model.parameters():
+            p.data.mul_(6.0 if p.ndim > 1 else 1.0)
+        model.save_pretrained(folder, max_shard_size="8KB")
+        processor.save_pretrained(folder)
+        assert (folder / "model.safetensors.index.json").is_file()
+        found = q.plan_with(q.foreign_planner(str(folder)), q.test_scenes(1)[0], 3)
+        assert math.isnan(found["iou"]) and "missing" in found["reason"]
+        words.append(found["reason"])
+    assert words[0] != words[1]
 
 
 # ---------------------------------------------------------------- animation and flow
@@ -582,7 +630,7 @@ def test_physics_iq_knows_real_from_static() -> None:
 
 
 def test_masks_equal_filters_written_out() -> None:
-    """The published recipe without OpenCV's filters: scipy's blur, an average by hand, morphology by extremes."""
+    """The published recipe without OpenCV's filters: scipy's blur, an average by hand, extremes."""
     blur, same, either = np.array([1, 4, 6, 4, 1]) / 16, 0, 0
     for clip in takes()[1]:
         average, found = None, q.motion_masks(clip)
@@ -623,6 +671,10 @@ def test_checks_and_tracker_on_the_truth() -> None:
         assert set(q.phygen_checks(boxes, scene).values()) == {1.0}
     drop = next(s for s in scenes(2, 5) if s.scenario == "drop")
     still = np.repeat(drop.start[None] * 64, 49, 0)
+    once, events = q.simulate(drop, 49, 64)
+    hit = round(events[0][1] * 16)
+    once[hit:] = once[hit]  # one contact, and no second one
+    assert q.phygen_checks(once, drop)["order"] == 0.0
     assert q.phygen_checks(still, drop) == {"key_event": 0.0, "order": 0.0, "overall": 0.0}
     some, real, _ = takes(10)
     for scene, clip in zip(some, real, strict=True):

@@ -20,8 +20,6 @@ def main() -> None:
     flow = torch.randn(b, 2, h, w, generator=gen) * 1.5
     ys, xs = torch.meshgrid(torch.arange(h) - h / 2, torch.arange(w) - w / 2, indexing="ij")
     flow[1] = torch.stack([xs, ys]) / 2  # a zoom: many sources are split
-        [torch.arange(w).expand(h, w) - w / 2, torch.arange(h)[:, None] - h / 2 + torch.zeros(1, w)]
-    )
     found, mass = q.warp_noise_step(noise, weight, flow, gen, "lists")
     plain, plain_mass = q.warp_noise_step(noise, weight, flow, gen, "index")
     other, _ = q.warp_noise_step(noise, weight, flow, gen, "lists")
@@ -46,7 +44,8 @@ def main() -> None:
     first, second = torch.stack(pairs).transpose(0, 1).flatten(1)
     fresh = rows[0][target[blank & alone]]
     out |= dict(
-        split=max(errors), sources=len(errors), copies=float(torch.corrcoef(torch.stack([first, second]))[0, 1]),
+        split=max(errors), sources=len(errors),
+        copies=float(torch.corrcoef(torch.stack([first, second]))[0, 1]),
         fresh=stats.kstest(fresh.flatten().numpy(), "norm").pvalue.item(), fresh_count=fresh.numel(),
         across=float(torch.corrcoef(fresh.T).tril(-1).abs().max() * len(fresh) ** 0.5),
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""A world of boxes whose physics is known: scenes of ten scenarios, simulated and drawn.
+"""A world of boxes whose physics is known: scenes of ten scenarios, simulated, drawn and measured.
 
 Lengths are in frame sides and times in seconds, `SECONDS` long; boxes are x, y, w, h with y downwards. What a
 scene shows and its caption says is fixed; six hidden factors differ from take to take.
@@ -346,3 +346,40 @@ def render(scene: Scene, boxes: np.ndarray, side: int) -> np.ndarray:
     parts = [background_of(scene, side), sprites_of(scene), np.asarray(boxes, np.float32)]
     frames = composite(*(torch.as_tensor(p)[None] for p in parts))
     return frames[0].permute(0, 2, 3, 1).numpy()
+
+
+def box_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """IoU (...) of boxes (..., 4) xywh."""
+    high = np.minimum(a[..., :2] + a[..., 2:], b[..., :2] + b[..., 2:])
+    both = np.clip(high - np.maximum(a[..., :2], b[..., :2]), 0, None).prod(-1)
+    return both / np.maximum(a[..., 2:].prod(-1) + b[..., 2:].prod(-1) - both, 1e-12)
+
+
+def track(frames: np.ndarray, colors: np.ndarray, background: np.ndarray) -> np.ndarray:
+    """Centres (T, O, 2) px of objects in frames (T, H, W, 3): pixels of their colours (O, 3) that differ from
+    the empty scene (H, W, 3); NaN where an object is not seen."""
+    out = np.full((len(frames), len(colors), 2), np.nan)
+    differs = np.linalg.norm(frames - background, axis=-1) > 0.2
+    away = np.linalg.norm(frames[:, :, :, None] - colors, axis=-1)  # (T, H, W, O)
+    for o in range(len(colors)):
+        mine = (away[..., o] < 0.35) & (away[..., o] <= away.min(-1)) & differs
+        for t, mask in enumerate(mine):
+            if mask.sum() >= 3:
+                ys, xs = np.nonzero(mask)
+                out[t, o] = np.median(xs) + 0.5, np.median(ys) + 0.5
+    return out
+
+
+def psnr(frames: np.ndarray, real: np.ndarray, mask: np.ndarray) -> float:
+    """Peak signal-to-noise ratio (dB) over pixels of a mask (T, H, W), at most 60."""
+    error = np.square(frames - real).mean(-1)[mask]
+    return float(min(60.0, -10 * np.log10(max(error.mean(), 1e-6)))) if error.size else 60.0
+
+
+def box_mask(boxes: np.ndarray, side: int) -> np.ndarray:
+    """(T, side, side) bool: inside of any of the boxes (T, O, 4) px."""
+    at = np.arange(side) + 0.5
+    inside = [
+        (at >= boxes[..., i, None]) & (at < (boxes[..., i] + boxes[..., i + 2])[..., None]) for i in range(2)
+    ]
+    return (inside[0][:, :, None, :] & inside[1][:, :, :, None]).any(1)
