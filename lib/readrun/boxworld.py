@@ -69,7 +69,9 @@ class Truth(NamedTuple):
     events: list[tuple[str, float]]
 
 
-def bounce(times: np.ndarray, height: float, speed: float, gravity: float, restitution: float):
+def bounce(
+    times: np.ndarray, height: float, speed: float, gravity: float, restitution: float
+) -> tuple[np.ndarray, list[float]]:
     """Height (T,) over the floor of a body thrown up with `speed`, and the times at which it touches it."""
     out, contacts, start = np.zeros(len(times)), [], 0.0
     while start <= times[-1]:
@@ -97,19 +99,24 @@ def collide(mass_a: float, mass_b: float, v_a: float, v_b: float, restitution: f
     return mean - mass_b * push, mean + mass_a * push
 
 
-def roll_into(times, gap, speed, friction, masses, frictions, restitution):
+def roll_into(
+    times: np.ndarray, gap: float, speed: float, friction: float, masses: tuple[float, float],
+    frictions: tuple[float, float], restitution: float,
+) -> tuple[np.ndarray, np.ndarray, list[float]]:  # fmt: skip
     """Displacements (T,) of a rolling body and of the one at rest that it meets after `gap`, and the time."""
     left = speed**2 - 2 * friction * gap
     if left <= 0:
         return coast(times, speed, friction), np.zeros(len(times)), []
     at = (speed - math.sqrt(left)) / friction
-    v_a, v_b = collide(*masses, math.sqrt(left), 0.0, restitution)
+    v_a, v_b = collide(masses[0], masses[1], math.sqrt(left), 0.0, restitution)
     after = np.maximum(times - at, 0)
     a = np.where(times < at, coast(times, speed, friction), gap + coast(after, v_a, frictions[0]))
     return a, coast(after, v_b, frictions[1]), [at]
 
 
-def magnet_gap(times: np.ndarray, gap: float, field: float, friction: float, sign: int, room: float):
+def magnet_gap(
+    times: np.ndarray, gap: float, field: float, friction: float, sign: int, room: float
+) -> tuple[np.ndarray, list[float]]:
     """Gap (T,) of a steel ball to a magnet that pulls (sign -1) or pushes (+1) with field / (gap + 0.25)^2.
 
     Symplectic Euler steps of 1/480 s; the ball stops at the magnet and after `room`.
