@@ -8,12 +8,11 @@ import random
 import types
 from fractions import Fraction
 
-import networkx
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from readrun import chapter, sandbox
+from readrun import chapter, questions, sandbox
 from readrun.llm import LLMError, Reply, ScriptedLLM, Usage
 
 q = chapter("verifiagent")
@@ -46,28 +45,24 @@ def test_action_round_trip(program) -> None:
     assert got == q.PythonAction(program.strip())
 
 
-@given(st.text(max_size=80))
+@given(st.lists(st.one_of(st.text(max_size=40), st.sampled_from(q.POSES)), max_size=4).map("\n".join))
 @settings(deadline=None, max_examples=200)
 def test_garbage_never_crashes(text) -> None:
     q.parse_meta(text)
-    q.quote(text)
     for candidate in (text, f"Action: Use Theorem Prover[{text}"):
         try:
             q.parse_action(candidate)
         except q.ActionError as error:
             assert str(error)
+    with pytest.raises(q.ActionError, match="no action"):  # what is quoted cannot act
+        q.parse_action(q.quote(text))
 
 
 def test_first_action_at_the_beginning_of_a_line() -> None:
     assert q.parse_action("I would Evaluate[Correct].\nEvaluate[Incorrect]") == q.EvaluateAction(False)
     assert q.parse_action("use search engine [Who?] x") == q.SearchAction("Who?")
-    for bad in (
-        "",
-        "Evaluate[]",
-        "Evaluate[maybe]",
-        "Use Search Engine[open",
-        "Step 1: Action: Evaluate[Correct]",
-    ):
+    later = "Step 1: Action: Evaluate[Correct]"
+    for bad in ("", "Evaluate[]", "Evaluate[maybe]", "Use Search Engine[open", later):
         with pytest.raises(q.ActionError):
             q.parse_action(bad)
 
@@ -76,7 +71,7 @@ def test_meta_reads_what_the_training_text_writes() -> None:
     rng = np.random.default_rng(0)
     for kind in q.KINDS:
         for _ in range(20):
-            c = q.make_candidate(q.MAKERS[kind](rng, False), rng)
+            c = q.make_candidate(questions.MAKERS[kind](rng, False), rng)
             meta = q.parse_meta(q.meta_text(c, c.marks))
             assert [good for _, good in meta.steps] == list(c.marks)
             assert meta.complete is (c.fault != "missing_answer")
@@ -108,80 +103,27 @@ def test_v_score_grows_with_the_probability_and_refuses_nonsense() -> None:
 
 
 def test_first_sub_token_of_the_verdict_decides() -> None:
-    tokens = ["Thought", ":", " Evaluate", "\n", "Evaluate", "[", "In", "correct", "]"]
-    logprobs = [-5.0] * 6 + [-0.5, -9.0, -9.0]
+    """Whatever words the thought before it holds."""
+    tokens = ["Thought: complete yes, the answer is correct", "\n", "Evaluate", "[", "In", "correct", "]"]
+    logprobs = [-5.0] * 4 + [-0.5, -9.0, -9.0]
     top = [[(t, p)] for t, p in zip(tokens, logprobs, strict=True)]
-    top[6] = [("In", -0.5), ("Cor", -1.5)]
-    reply = Reply("".join(tokens), tokens, logprobs, top)
-    assert q.verdict_confidence(reply) == pytest.approx(math.exp(-0.5) / (math.exp(-0.5) + math.exp(-1.5)))
-    assert q.verdict_confidence(Reply("Evaluate[Correct]")) is None
-    assert q.verdict_confidence(Reply("nothing", ["nothing"], [-1.0], [[("nothing", -1.0)]])) is None
+    top[4] = [("In", -0.5), ("Cor", -1.5)]
+    expected = pytest.approx(math.exp(-0.5) / (math.exp(-0.5) + math.exp(-1.5)))
+    said = Reply("".join(tokens), tokens, logprobs, top)
+    assert q.VerifiAgent(ScriptedLLM([said]), {}).verify("Is it?", "x").v_score == expected
+    assert q.vanilla_verify(ScriptedLLM([said]), "Is it?", "x").v_score == expected
+    silent = Reply("Evaluate[Correct]")
+    assert q.vanilla_verify(ScriptedLLM([silent]), "Is it?", "x").v_score is None
+    nothing = Reply("nothing", ["nothing"], [-1.0], [[("nothing", -1.0)]])
+    assert q.vanilla_verify(ScriptedLLM([nothing]), "Is it?", "x").v_score is None
 
 
 # ---------------------------------------------------------------- data
 
 
-def test_math_programs_give_the_gold_answer() -> None:
-    for item in q.make_items("math", 60, 0) + q.make_items("math", 20, 0, test=False):
-        scope: dict = {"math": math}
-        exec(item.program, scope)
-        assert str(scope["ans"]) == item.answer
-        for line in item.steps:
-            left, right = line.split(" = ")
-            words = left.split()
-            value = (
-                getattr(math, words[0])(*map(int, words[1:])) if words[0] in ("gcd", "lcm") else eval(left)
-            )
-            assert value == int(right)
-
-
-def test_logic_labels_against_networkx_free_enumeration() -> None:
-    """An independent truth table: premises as Python expressions."""
-    for item in q.make_items("logic", 60, 0):
-        premises, atom = item.extra
-        atoms = sorted({a for p in premises for a in p[1:] if isinstance(a, str)} | {atom})
-        told = {"fact": "({0}) == {1}", "all": "(not {0}) or ({1} == {2})", "xor": "{0} != {1}"}
-        codes = [told[p[0]].format(*p[1:]) for p in premises]
-        seen = set()
-        for bits in itertools.product((False, True), repeat=len(atoms)):
-            world = dict(zip(atoms, bits, strict=True))
-            if all(eval(code, {}, world) for code in codes):
-                seen.add(world[atom])
-        assert item.answer == ("Uncertain" if len(seen) == 2 else str(seen.pop()))
-        rng = np.random.default_rng(0)
-        assert q.inject(item, "none", rng).correct
-
-
-def test_contradictory_premises_have_no_label() -> None:
-    assert q.logic_label([("fact", "kind", True), ("fact", "kind", False)], "calm") is None
-
-
-def test_commonsense_answers_against_the_transitive_closure() -> None:
-    tax = q.taxonomy()
-    graph = networkx.DiGraph(tax.up.items())
-    for item in q.make_items("commonsense", 100, 0):
-        chain, target = item.extra
-        assert item.answer == str(networkx.has_path(graph, chain[0], target) if target in graph else False)
-        assert len(item.searches) <= 3
-
-
-def test_training_and_test_share_nothing() -> None:
-    names = q.taxonomy().names
-    assert not set(names[False]) & set(names[True])
-    for kind in q.KINDS:
-        mine = {i.question for i in q.make_items(kind, 100, 0, test=True)}
-        assert not mine & {i.question for i in q.make_items(kind, 100, 0, test=False)}
-    for test in (True, False):  # few numbers are drawn: that none is shared must not be luck
-        for item in q.make_items("math", 60, 3, test=test):
-            assert (q.stable(f"{item.objective}{item.extra[1]}") == 0) is test
-    for item in q.make_items("commonsense", 50, 3) + q.make_items("hybrid", 50, 3):
-        assert all(q.taxonomy().cut[name] is True for name in (*item.extra[0], item.extra[1]))
-    assert not [n for n in q.taxonomy().up if q.UNWANTED.search(n)]
-
-
 def test_searches_count_only_with_the_passages_that_decide() -> None:
     item = q.make_items("commonsense", 1, 3)[0]
-    turns = tuple(q.Turn("", None, text) for text in q.observations(item, 48))
+    turns = tuple(q.Turn("", None, seen) for _, _, seen in q.tool_turns(item))
     assert q.tools_decide(item, q.Verdict(True, trace=turns, calls=("search",)))
     assert not q.tools_decide(item, q.Verdict(True, trace=turns[:-1], calls=("search",)))
     assert not q.tools_decide(item, q.Verdict(True))
@@ -206,16 +148,15 @@ def test_injected_faults_are_what_they_say(kind) -> None:
 
 def test_tokenizer_writes_back_every_training_text() -> None:
     rng = np.random.default_rng(1)
-    examples = [q.make_example(rng, 48) for _ in range(60)]
+    examples = [q.make_example(rng) for _ in range(60)]
     tokenizer = q.train_tokenizer(q.texts_of(examples), 600)
     for segments in examples:
         ids, learned = q.encode(tokenizer, segments)
         assert tokenizer.decode(ids) == "".join(t for t, _ in segments)
         kept = tokenizer.decode([i for i, keep in zip(ids, learned, strict=True) if keep])
         assert kept == "".join(t for t, keep in segments if keep)
-        talk = [q.message("system", "judge"), q.message("user", "a")]
-    text = tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
-    assert text == "<|system|>judge<|end|><|user|>a<|end|><|assistant|>"
+    text = tokenizer.apply_chat_template(q.dialogue("judge", "a"), tokenize=False, add_generation_prompt=True)
+    assert text == q.said("judge", "a")[0][0] + "<|assistant|>"
 
 
 # ---------------------------------------------------------------- tools
@@ -231,7 +172,9 @@ def test_prover_against_the_truth_table(engine) -> None:
         assert q.same_answer(tool(item.program).text, item.answer)
         seen.add(item.answer)
     assert len(seen) == 3
-    assert tool(q.z3_program([("fact", "a", True), ("fact", "a", False)], "b")).text == "Inconsistent"
+    contradiction = [("fact", ("a", True)), ("fact", ("a", False))]
+    assert tool(questions.z3_program(contradiction, "b")).text == "Inconsistent"
+    assert q.ProverTool().engine in ("z3", "truth_table")
 
 
 @isolated
@@ -265,15 +208,10 @@ def test_answers_cannot_attack() -> None:
 def test_openai_compatible_server(monkeypatch) -> None:
     pytest.importorskip("openai")
     monkeypatch.setattr(q, "run", types.SimpleNamespace(device="cpu"), raising=False)
-    server = q.http.server.ThreadingHTTPServer(("127.0.0.1", 0), q.TinyServer)
-    q.threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        llm, prompts = q.load_llm(f"openai:tiny@http://127.0.0.1:{server.server_port}/v1")
+    with q.tiny_server() as spec:
+        llm, prompts = q.load_llm(spec)
         agent = q.VerifiAgent(llm, {"python": q.PythonTool()}, prompts=prompts)
         verdict = agent.verify("What is 14 * 6 - 20?", "Answer: 84")
-    finally:
-        server.shutdown()
-        server.server_close()
     assert prompts == "full" and verdict.correct is False and verdict.trace[0].observed == "64"
     assert verdict.v_score == pytest.approx(1.0) and verdict.usage.prompt_tokens == 100
 
@@ -317,7 +255,7 @@ def test_search_scores_against_the_formula() -> None:
 def test_most_names_find_their_own_passage() -> None:
     tax, index = q.taxonomy(), q.wordnet_index()
     names = sorted(tax.up)[::40]
-    hits = sum(index.search(q.ask(n)) == [tax.passage(n)] for n in names)
+    hits = sum(index.search(f"What is {q.article(n)}?") == [tax.passage(n)] for n in names)
     assert hits >= 0.95 * len(names)
     last = q.SearchTool(index, 20, rerank=lambda question, found: np.arange(len(found)))("What is a penguin?")
     assert len(last.text) <= 20
@@ -331,7 +269,7 @@ def perfect(messages) -> str:
     asked = messages[1]["content"]
     question, _, solution = asked.removeprefix("Question: ").partition("\nSolution:\n")
     candidate = WORLD[question, solution]
-    segments = q.agent_example(candidate, NoNoise(), 48)
+    segments = q.agent_example(candidate, NoNoise())
     turns = "".join(t for t, _ in segments).split("<|assistant|>")[1:]
     return turns[sum(m["role"] == "assistant" for m in messages)].split("<|end|>")[0]
 
@@ -350,8 +288,7 @@ WORLD: dict = {}
 def test_a_perfect_agent_is_always_right() -> None:
     candidates = [c for kind in q.KINDS for c in q.injected_set(kind, 12)]
     WORLD.update({(c.item.question, c.text): c for c in candidates})
-    engine = "z3" if q.importlib.util.find_spec("z3") else "truth_table"
-    agent = q.VerifiAgent(ScriptedLLM(perfect), q.make_tools(engine))
+    agent = q.VerifiAgent(ScriptedLLM(perfect), q.make_tools())
     verdicts = agent.verify_many([(c.item.question, c.text) for c in candidates])
     assert [v.correct for v in verdicts] == [c.correct for c in candidates]
     for c, v in zip(candidates, verdicts, strict=True):
@@ -363,7 +300,7 @@ def test_a_perfect_agent_is_always_right() -> None:
 def test_a_malformed_agent_ends_without_a_verdict() -> None:
     agent = q.VerifiAgent(ScriptedLLM(lambda messages: "hmm"), {})
     verdict = agent.verify("Is it?", "Answer: True")
-    assert verdict.correct is None and not verdict.accepts and len(verdict.trace) == 2
+    assert verdict.correct is None and len(verdict.trace) == 2
     forever = q.VerifiAgent(
         ScriptedLLM(lambda m: "Action: Use Search Engine[Who?]"), {"search": observed("x")}, max_turns=4
     )
@@ -373,7 +310,7 @@ def test_a_malformed_agent_ends_without_a_verdict() -> None:
 
 def test_one_bad_action_is_forgiven() -> None:
     llm = ScriptedLLM(["no action", "Action: Evaluate[Correct]"])
-    assert q.VerifiAgent(llm, {}).verify("Is it?", "Answer: True").accepts
+    assert q.VerifiAgent(llm, {}).verify("Is it?", "Answer: True").correct
     assert "no action" in llm.requests[1].messages[-1]["content"]
 
 
@@ -403,6 +340,10 @@ def test_poses_and_long_input() -> None:
     agent = q.VerifiAgent(ScriptedLLM([]), {}, context=100)
     told = agent.start("Is it?", "a" * 500 + "b" * 500)[1]["content"]
     assert " … " in told and told.rstrip().endswith("b") and len(told) < 200
+    llm = ScriptedLLM(["Evaluate[Correct]"] * 2)
+    wide = q.VerifiAgent(llm, {}, context=9000)
+    assert not wide.verify("Is it?", "a" * 9000).cut and "a" * 9000 in llm.requests[0].messages[1]["content"]
+    assert wide.verify("Is it?", "a" * 9001).cut
     for question, solution in (("", "x"), ("x", "  ")):
         with pytest.raises(ValueError, match="empty"):
             agent.start(question, solution)
@@ -444,16 +385,21 @@ def test_usage_counts_every_turn() -> None:
 
 def test_baselines() -> None:
     yes = ScriptedLLM(lambda m: "Evaluate[Correct]" if m[0]["content"] == "judge" else "yes")
-    assert q.vanilla_verify(yes, "Is it?", "Answer: True").accepts
-    assert q.deductive_verify(yes, "Is it?", "a step\nAnswer: True").accepts
+    assert q.vanilla_verify(yes, "Is it?", "Answer: True").correct
+    assert q.deductive_verify(yes, "Is it?", "a step\nAnswer: True").correct
     assert len(yes.requests) == 3
     assert q.deductive_verify(yes, "Is it?", "a step").correct is False
     assert q.deductive_verify(ScriptedLLM(["yes", "no"]), "Is it?", "a\nb\nAnswer: True").correct is False
-    assert q.backward_verify(ScriptedLLM(["7"]), "3 and 7 eggs?", "Answer: 10").accepts
+    assert q.backward_verify(ScriptedLLM(["7"]), "3 and 7 eggs?", "Answer: 10").correct
     assert q.backward_verify(ScriptedLLM(["8"]), "3 and 7 eggs?", "Answer: 10").correct is False
-    assert q.backward_verify(ScriptedLLM(["True"]), "Is a a b?", "Answer: True").accepts
+    assert q.backward_verify(ScriptedLLM(["True"]), "Is a a b?", "Answer: True").correct
     assert q.backward_verify(ScriptedLLM([]), "3 eggs?", "no answer").correct is False
     assert q.vanilla_verify(ScriptedLLM(["well"]), "Is it?", "x").correct is None
+    assert q.deductive_verify(ScriptedLLM([]), "Is it?", "").correct is False
+    for verify in (q.vanilla_verify, q.deductive_verify, q.backward_verify):
+        llm = ScriptedLLM(["yes"])
+        verify(llm, "Is it?", "Answer: True", prompts="full")
+        assert "Reply" in llm.requests[0].messages[0]["content"]
 
 
 def test_deductive_sees_only_premises_and_backward_hides_the_number() -> None:
@@ -508,20 +454,13 @@ def test_scaling_stops_and_falls_back() -> None:
 
 def test_table_of_samples_gives_what_the_loop_gives() -> None:
     """`scaling_curves` reads the experiment's table; `scale_inference` runs. Same samples, same result."""
-    source = open(q.__file__, encoding="utf-8").read()
-    start = source.index("def scaling_curves")
-    scope = dict(np=np, itertools=itertools, majority_vote=q.majority_vote, Mapping=dict)
-    exec(source[start : source.index("# %%", start)], scope)
     rng = np.random.default_rng(0)
     answers = rng.integers(0, 3, (40, 5)).astype(str)
-    verdict, solving, verifying = (
-        rng.integers(0, 2, (40, 5)),
-        rng.integers(1, 9, (40, 5)),
-        rng.integers(1, 9, (40, 5)),
-    )
+    verdict = rng.integers(0, 2, (40, 5))
+    solving, verifying = rng.integers(1, 9, (2, 40, 5))
     table = {"answers": answers, "right": (answers == "1").astype(float), "verdict": verdict,
              "solving": solving, "verifying": verifying, "v": np.full((40, 5), 0.5)}  # fmt: skip
-    right, tokens = scope["scaling_curves"](table)["scaled"]
+    right, tokens = q.scaling_curves(table)["scaled"]
     for i, cap in itertools.product(range(40), (1, 3, 5)):
         at = iter(range(5))
 
@@ -548,9 +487,8 @@ def test_feedback_levels_and_modes() -> None:
     assert "Answer: 3" not in shown[2]
     mended = q.feedback_messages("1?", "Answer: 3", verdict, "post_edit", 0)
     assert "Answer: 3" in mended[1]["content"] and mended[0]["content"] == "revise"
-    kept = q.with_feedback(lambda m: Reply("new"), "1?", "old", q.Verdict(True), "precaution", 0)
-    assert kept == "old"
-    assert q.with_feedback(lambda m: Reply("new"), "1?", "old", verdict, "precaution", 0) == "new"
+    for judged, now in ((q.Verdict(True), "old"), (q.Verdict(None), "old"), (verdict, "new")):
+        assert q.with_feedback(lambda m: Reply("new"), "1?", "old", judged, "precaution", 0) == now
     for mode, level in (("other", 0), ("precaution", 3)):
         with pytest.raises(ValueError, match="accepted"):
             q.feedback_messages("1?", "x", verdict, mode, level)
@@ -606,11 +544,11 @@ def test_auroc_and_jackknife() -> None:
 
 
 def tiny(folder, seed: int = 0) -> str:
-    tokenizer = q.train_tokenizer(q.texts_of(q.examples_of(0, 60, 48)), 500)
+    tokenizer = q.train_tokenizer(q.texts_of(q.examples_of(0, 60)), 500)
     size = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
                 max_position_embeddings=2048)  # fmt: skip
     model = q.make_model(size, tokenizer, seed)
-    losses = q.pretrain(model, tokenizer, 12, 1024, 0.02, seed, 48, pool=32)
+    losses = q.pretrain(model, tokenizer, 12, 1024, 0.02, seed, pool=32)
     assert losses[-1] < losses[0]
     model.save_pretrained(folder, max_shard_size="50KB")
     tokenizer.save_pretrained(folder)
@@ -620,9 +558,8 @@ def tiny(folder, seed: int = 0) -> str:
 @isolated
 def test_own_checkpoints_run_and_differ(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(q, "run", types.SimpleNamespace(device="cpu"), raising=False)
-    engine = "truth_table"
-    found = [q.own_model(tiny(tmp_path / str(seed), seed), engine, 48, 2) for seed in (0, 1)]
-    assert found[0]["prompts"] == "terse" and len(found[0]["correct"]) == 6
+    found = [q.own_model(tiny(tmp_path / str(seed), seed), "truth_table", 2) for seed in (0, 1)]
+    assert found[0]["prompts"] == "terse" and len(found[0]["rows"]) == 6
     assert found[0]["logprob"] != found[1]["logprob"]
     (tmp_path / "0" / "config.json").unlink()
     with pytest.raises(ValueError, match="checkpoint"):
