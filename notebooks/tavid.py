@@ -225,11 +225,8 @@ def draw_scene(
     tells nothing about which of them it is."""
     if frames < 4:
         raise ValueError(f"frames={frames}: at least 4 are needed for a reach and a lift")
-    pairs, count, twins = (
-        [(c, s) for c in COLOURS for s in shapes],
-        int(rng.integers(3, 5)),
-        2 * ambiguous + 1,
-    )
+    pairs, count = [(c, s) for c in COLOURS for s in shapes], int(rng.integers(3, 5))
+    twins = 3 if ambiguous else 1
     chosen = [pairs[i] for i in rng.permutation(len(pairs))[:count]]
     kinds = [chosen[0]] * twins + chosen[1 : count + 1 - twins]
     while True:  # until there is a clear path to each of the look-alikes
@@ -238,12 +235,11 @@ def draw_scene(
         start = np.array([np.clip(shoulder[0] + rng.uniform(-0.1, 0.1), 0.1, 0.9), 0.86])
         aims = centres[:twins] - start
         ends = centres[:twins] - 0.9 * RADIUS * aims / np.hypot(*aims.T)[:, None]
-        bends: list[np.ndarray] = []
-        for i in range(twins):
-            if (bend := clear_bend(rng, start, ends[i], np.delete(centres, i, 0))) is None:
-                break
-            bends.append(bend)
-        if len(bends) == twins:
+        bends: list[Any] = []
+        while len(bends) < twins and (not bends or bends[-1] is not None):
+            i = len(bends)
+            bends.append(clear_bend(rng, start, ends[i], np.delete(centres, i, 0)))
+        if bends[-1] is not None:
             break
     target, order = int(rng.integers(twins)), rng.permutation(count)
     hand, lift = reach_path(start, bends[target], ends[target], frames)
@@ -737,9 +733,8 @@ def follow(video: np.ndarray, scene: Scene, index: int) -> tuple[np.ndarray, np.
         seen = frame * (np.hypot(grid[None] - x, grid[:, None] - y) < 1.5 * RADIUS)
         mass.append(total := seen.sum())
         known = total > 0.2 * mass[0]
-        at.append(
-            np.array([(seen.sum(0) * grid).sum(), (seen.sum(1) * grid).sum()]) / total if known else at[-1]
-        )
+        centre = np.array([(seen.sum(0) * grid).sum(), (seen.sum(1) * grid).sum()]) / max(total, 1e-9)
+        at.append(centre if known else at[-1])
     return np.stack(at[1:]), np.array(mass) / max(mass[0], 1e-9)
 
 
@@ -1066,9 +1061,8 @@ def background_psnr(video: np.ndarray, scene: Scene, size: int) -> float:
     x, y = grid[None] - scene.shoulder[0], grid[:, None] - scene.shoulder[1]
     for dx, dy in hand[np.isfinite(hand).all(1)] - scene.shoulder:
         along = np.clip((x * dx + y * dy) / (dx**2 + dy**2), 0, 1)
-        moved |= (np.hypot(x - dx, y - dy) < 3 * HAND_RADIUS) | (
-            np.hypot(x - along * dx, y - along * dy) < 0.09
-        )
+        moved |= np.hypot(x - along * dx, y - along * dy) < 0.09
+        moved |= np.hypot(x - dx, y - dy) < 3 * HAND_RADIUS
     still = ~moved
     error = float(((video - truth[:1])[:, :, still] ** 2).mean()) if still.any() else 1.0
     return -10 * math.log10(max(error, 1e-10))
@@ -1103,10 +1097,7 @@ def test_arm(model, arm: dict[str, Any], form: str, size: int, frames: int, test
         return out
     every = [variant for s in test_scenes(show, frames, "ambiguous") for variant in look_alikes(s)]
     clips = generate(model, every, size, arm, form, test["steps"], guidance, strength)
-    out["clips"] = (clips * 255).round().astype("u1")
-    found = [contact_report(v, s) for v, s in zip(clips, every, strict=True)]
-    out["shown_first"] = np.array([f.first_object for f in found])
-    return out
+    return out | {"clips": (clips * 255).round().astype("u1")}
 
 
 # %%
@@ -1589,7 +1580,7 @@ def gather_curves(metrics: dict, arrays: dict) -> None:
         if not unit.done:
             continue
         if "clips" in unit:
-            arrays[f"clips/{name}"], arrays[f"first/{name}"] = unit["clips"], unit["shown_first"]
+            arrays[f"clips/{name}"] = unit["clips"]
         if "maps" in unit:
             arrays[f"maps/{name}"] = unit["maps"]
         if "auc" in unit:
@@ -1810,7 +1801,7 @@ if book:
     plots.show(draw_alignment(book), alt=f"Recorded run. {ALIGN_ALT}", caption="Recorded run.")
 
 # %% tags=["hide-input"]
-tables.grid(contact_rows(shown) or [{"arm": "none measured"}], caption=f"Profile {shown.profile}.")
+tables.grid(contact_rows(book), caption="Recorded run.") if book else None
 
 # %% [markdown]
 # What the loss adds to the channel, by number of clips and steps: does the gap close where training is long?
@@ -2041,10 +2032,11 @@ if own:
 #
 # - No people, no real contact mechanics, no moving camera, no 3-D. What is shown is the mechanism: whether a
 #   mask, a word and a loss on attention decide which of several equal objects a generated hand touches.
-# - The base is small and trained here; absolute rates say nothing about CogVideoX-5B. All arms share it.
-# - In `smoke` and `cpu` only `ours` and `channel` are trained, for a few steps: their numbers show that the
-#   code runs. The committed base was trained for 24,000 clips only and misses two of its gates (one hand, any
-#   contact), so that the verdicts of these profiles are void. Verdicts are for the `gpu` record.
+# - The base is small and trained here; absolute rates say nothing about CogVideoX-5B. All arms share it. Clips
+#   are smaller than planned (32 pixels and 6 frames on a GPU instead of 48 and 8), because a patch is one
+#   position here.
+# - In `smoke` and `cpu` only `ours` and `channel` are trained, for a few steps: enough to see both move away
+#   from the base, not enough to tell them apart. Verdicts are for the `gpu` record.
 # - Latents are rearranged pixels, without a 3-D autoencoder, so that no toy autoencoder blurs the contact.
 # - The base's captions contain the word *target* without meaning. A real T5 knows the word from language; the
 #   toy's must at least have seen it. Fine-tuning mixes the sentence form with the form used at test.
