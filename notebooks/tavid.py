@@ -2032,9 +2032,9 @@ if own:
 #
 # - No people, no real contact mechanics, no moving camera, no 3-D. What is shown is the mechanism: whether a
 #   mask, a word and a loss on attention decide which of several equal objects a generated hand touches.
-# - The base is small and trained here; absolute rates say nothing about CogVideoX-5B. All arms share it. Clips
-#   are smaller than planned (32 pixels and 6 frames on a GPU instead of 48 and 8), because a patch is one
-#   position here.
+# - The base is small and trained here; absolute rates say nothing about CogVideoX-5B. All arms share it.
+#   Clips are smaller than planned (32 pixels and 6 frames on a GPU instead of 48 and 8), because a patch is
+#   one position here.
 # - In `smoke` and `cpu` only `ours` and `channel` are trained, for a few steps: enough to see both move away
 #   from the base, not enough to tell them apart. Verdicts are for the `gpu` record.
 # - Latents are rearranged pixels, without a 3-D autoencoder, so that no toy autoencoder blurs the contact.
