@@ -1249,6 +1249,12 @@ def tuning_stock(net, arm: dict[str, Any], clips: int, size: int, frames: int) -
     return {name: torch.stack([batch[name] for batch in every]) for name in every[0]}
 
 
+def point_steps(steps: int, points: int) -> list[int]:
+    """The step counts at which an arm is tested on its way, equally spaced; the last one is its end."""
+    return [round(steps * (i + 1) / points) for i in range(points)]
+
+
+# %%
 def tune_arm(
     name: str, seed: int, clips: int, size: int, frames: int, model: dict[str, int], base: Any,
     alignment: Any, k: int, tune: dict[str, Any], test: dict[str, int], points: int, guidance: float,
@@ -1285,11 +1291,6 @@ def tune_arm(
             out["maps"] = word_maps(net, every, size, arm, "target", 999)[0][list(blocks)].mean(0)
     losses = torch.stack(losses).cpu().numpy()
     return out | {"at": np.array(at), "losses": losses, "blocks": list(blocks)}
-
-
-def point_steps(steps: int, points: int) -> list[int]:
-    """The step counts at which an arm is tested on its way, equally spaced; the last one is its end."""
-    return [round(steps * (i + 1) / points) for i in range(points)]
 
 
 # %% [markdown]
