@@ -3,6 +3,7 @@ planners."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -111,6 +112,24 @@ def test_scenes_stay_in_the_frame_and_takes_differ() -> None:
         assert q.read_caption(scene.caption, scene.start, (1, 1)).words == scene.words
     with pytest.raises(ValueError, match="scenario"):
         q.draw_scene(rng, "fire")
+
+
+def test_scenes_out_of_distribution_start_where_training_never_does() -> None:
+    """In every scenario (and kind of it) a first place, size or gap has disjoint ranges."""
+    rng, seen = np.random.default_rng(8), {}
+    for kind, ood, _ in itertools.product(q.LAWS, (False, True), range(60)):
+        scene = q.draw_scene(rng, kind, ood)
+        facts = [
+            *scene.start[0],
+            scene.start[-1, 0] - scene.start[0, 0],
+            scene.start[0, 1] + scene.start[0, 3],
+        ]
+        facts.append(abs(facts[4]) - (scene.start[1, 2] if kind == "magnet" else scene.start[0, 2]))
+        group = kind, scene.words[0] if kind in ("float", "magnet") else ""
+        seen.setdefault(group, {}).setdefault(ood, []).append(facts)
+    for group, found in seen.items():
+        a, b = np.array(found[False]), np.array(found[True])
+        assert ((a.min(0) > b.max(0)) | (b.min(0) > a.max(0))).any(), group
 
 
 def test_more_test_scenes_add_to_fewer() -> None:
