@@ -206,6 +206,17 @@ def test_planners_from_nothing_to_the_truth() -> None:
             found.setdefault(name, []).append(q.plan_iou(plan.boxes, key))
     mean = {k: np.mean(v) for k, v in found.items()}
     assert mean["static"] < mean["constant"] < mean["rule"] < mean["oracle"] == pytest.approx(1)
+    gone = np.array(
+        [[[0, 0, 4, 4], [9, 9, 4, 4]], [[2, 0, 4, 4], [9, 9, 4, 4]], [[8, 0, 4, 4], [9, 9, 4, 4.0]]]
+    )
+    still = np.repeat(gone[:1], 3, 0)
+    assert q.plan_iou(still, gone) == pytest.approx(
+        (8 / 24 + 0) / 2
+    )  # neither frame 1 nor what stands counts
+    boxes = np.tile([26.0, 26, 12, 12], (400, 1, 1))
+    moved = q.jitter(boxes, 0.06, 64, np.random.default_rng(0)) - boxes
+    assert not moved[0].any() and not moved[..., 2:].any()
+    assert moved[1:, 0, :2].std() == pytest.approx(0.06 * 64, rel=0.1)
     with pytest.raises(q.PlanError, match="no object"):
         q.RulePlanner().plan(None, "A block slides slowly over ice.", np.zeros((0, 4)), size)
     with pytest.raises(ValueError, match="category"):
@@ -292,6 +303,7 @@ def test_tiny_vlm_sees_and_is_trained_on_answers_only() -> None:
         known = labels[row] != -100
         assert (ids[row][known] == labels[row][known]).all()
         assert prompts[row][mask[row].bool()].tolist() == ids[row][: int(known.nonzero()[0])].tolist()
+    assert not (labels == q.planner_tokenizer().pad_token_id).any()
     model, losses = q.train_vlm(0, TINY)
     assert len(losses) == 2 and np.isfinite(losses).all()
     given = dict(input_ids=ids, attention_mask=torch.ones_like(ids))
@@ -623,6 +635,12 @@ def test_generation_starts_from_the_given_noise() -> None:
     clip = torch.rand(2, 3, 3, 32, 32)
     assert not torch.allclose(q.generate(model, first, ids, noise, 2, clip, 0.5), one)
     torch.testing.assert_close(q.generate(model, first, ids, noise, 2, clip, 1.0), one)
+    counts = []
+    model.transformer.register_forward_hook(lambda *_: counts.append(1))
+    for strength, steps in ((0.25, 1), (0.75, 3)):
+        counts.clear()
+        q.generate(model, first, ids, noise, 4, clip, strength)
+        assert len(counts) == steps
     with pytest.raises(ValueError, match="strength"):
         q.generate(model, first, ids, noise, 2, clip, 0.0)
 
@@ -700,6 +718,58 @@ def test_checks_and_tracker_on_the_truth() -> None:
         boxes = q.simulate(scene, 13, 48).boxes
         assert q.centre_error(clip, boxes, scene) < 0.04, scene.scenario
     assert q.centre_error(np.full((3, 48, 48, 3), 0.6), boxes[:3], scene) == 0.5
+
+
+def test_every_condition_gets_its_own_noise_plan_and_model(monkeypatch) -> None:
+    size = TINY | dict(per_scenario=3, eval_per_scenario=2, chunk=7)
+    plans, calls, tracks = q.other_plans("rule", q.test_scenes(3), size), [], []
+
+    def generate(model, first, ids, latents, steps, start=None, strength=1.0):
+        calls.append((model.name, first, latents, start, strength))
+        return first[:, None].expand(-1, 3, -1, -1, -1)
+
+    monkeypatch.setattr(q, "generate", generate)
+    monkeypatch.setattr(
+        q,
+        "load_video_model",
+        lambda _, unit: SimpleNamespace(name=unit, tokens=lambda c: torch.arange(len(c))),
+    )
+    monkeypatch.setattr(q, "measure", lambda f, takes, t, _: (tracks.append(t), np.zeros((len(f), 7)))[1])
+    names = ["none", "oracle_0", "oracle_mix", "oracle_08", "tinyvlm_mix", "sdedit_06", "fixed_gamma_mix"]
+    found = q.evaluate("main", 0, names, "ours", {"test": plans}, size, fixed="theirs")
+    calls = {name: calls[3 * i : 3 * i + 3] for i, name in enumerate(names)}  # three chunks each
+    assert {k: {c[0] for c in v} for k, v in calls.items()} == {k: {"ours"} for k in names[:-1]} | {
+        "fixed_gamma_mix": {"theirs"}
+    }
+    kept = {k: torch.cat([c[2] for c in v]) for k, v in calls.items()}
+    kept = {k: np.corrcoef(v[:, 0].flatten(), v[:, 2].flatten())[0, 1] for k, v in kept.items()}
+    assert abs(kept["none"]) < 0.02 and abs(kept["sdedit_06"]) < 0.02 and kept["oracle_0"] > 0.7
+    for name, gamma in (("oracle_mix", 0.4), ("oracle_08", 0.8), ("fixed_gamma_mix", 0.4)):
+        assert kept[name] == pytest.approx(kept["oracle_0"] * q.correlation(gamma) ** 2, abs=0.02)
+    assert {(c[3] is None, c[4]) for c in calls["sdedit_06"]} == {(False, 0.6)}
+    for name, track in zip(names, tracks, strict=True):
+        truth = (
+            plans if name in ("tinyvlm_mix", "sdedit_06") else q.other_plans("oracle", q.test_scenes(3), size)
+        )
+        mine = truth.reshape(10, 3, 3, 2, 4)[:, :2].reshape(20, 3, 2, 4)
+        np.testing.assert_allclose(track, mine / 2, atol=1e-9, err_msg=name)
+    assert set(found["noise"]) == set(names) - {"none", "sdedit_06"} and found["clip_none"].dtype == np.uint8
+    takes = q.film(size, 2)
+    np.testing.assert_array_equal(takes.real1[:, 0], takes.real2[:, 0])
+    assert (np.abs(takes.real1 - takes.real2).max((1, 2, 3, 4)) > 0.05).mean() > 0.8
+    assert (found["takes"][:, :3] < 0.999).any(1).mean() > 0.8
+
+
+def test_appearance_is_measured_where_it_says() -> None:
+    takes = q.film(TINY, 1)
+    masks = [q.motion_masks(c) for c in takes.real1]
+    boxes = [takes.boxes[i][:, : len(s.start)] for i, s in enumerate(takes.scenes)]
+    worse = takes.real1.copy()
+    for clip, box in zip(worse, boxes, strict=True):
+        clip[1:][~q.box_mask(np.concatenate([box, np.repeat(box[:1], 3, 0)], 1), 32)[1:]] -= 0.3
+    rows = q.measure(worse, takes, takes.boxes, masks)
+    assert (rows[:, 5] == 60).all() and (np.abs(rows[:, 6] - 10.5) < 0.2).all()  # -20 log10(0.3) = 10.46
+    assert (q.measure(takes.real1, takes, takes.boxes, masks)[:, :3] == 1).all()
 
 
 def test_derived_metrics_and_refusals() -> None:
