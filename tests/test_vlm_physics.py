@@ -602,10 +602,17 @@ def test_training_uses_warped_noise_with_random_gamma(monkeypatch) -> None:
         torch.testing.assert_close(options["condition"][:, 0], latents[:, 0])
         assert not options["condition"][:, 1:].any()
     still = dict(TINY["fit"], steps=1, lesson=0.0, batch=6)
+    moves, given = torch.tensor([True, False] * 3), []
     monkeypatch.setattr(
-        q, "clip_batch", lambda *a: (torch.rand(6, 3, 3, 32, 32), torch.zeros(6, 3, 48, 8, 8))
+        q, "clip_batch", lambda *a: (torch.rand(6, 3, 3, 32, 32), torch.zeros(6, 3, 48, 8, 8), moves)
+    )
+    embed = cogvideox.VideoDiffusion.embed
+    monkeypatch.setattr(
+        cogvideox.VideoDiffusion, "embed", lambda m, ids: (given.append(ids), embed(m, ids))[1]
     )
     q.train_video_model(0, TINY | dict(fit=still))
+    word = q.caption_tokenizer().convert_tokens_to_ids("panned")
+    assert (given[-1] == word).any(1).equal(moves), "captions tell of a moving camera, and only of one"
     spread = seen[-1][1]["noise"].var((1, 2, 3, 4))  # of nothing but fresh noise: (gamma / norm)²
     assert spread.min() < 0.5 * spread.max() and (spread <= 1.05).all()
     q.train_video_model(0, TINY | dict(fit=still), gamma="0")
@@ -614,7 +621,13 @@ def test_training_uses_warped_noise_with_random_gamma(monkeypatch) -> None:
 
 def test_noise_of_training_moves_with_the_clip() -> None:
     clips = q.make_clips(6, TINY, 0, "cpu")
-    video, noise = q.clip_batch(clips, torch.arange(6), TINY, gen(2), lesson=True)
+    still, _, moves = q.clip_batch(clips, torch.arange(6).repeat(6), TINY, gen(3))
+    apart = (still[:, 0, :, :3] - still[:, -1, :, :3]).abs().amax((1, 2, 3))  # the top, where no object is
+    assert (
+        (apart[~moves] < 1e-5).all() and (apart[moves] > 0.01).float().mean() > 0.8 and 8 < moves.sum() < 28
+    )
+    video, noise, moves = q.clip_batch(clips, torch.arange(6), TINY, gen(2), lesson=True)
+    assert moves.all()
     assert video.shape == (6, 3, 3, 32, 32) and noise.shape == (6, 3, 48, 8, 8)
     best = []
     for one, picture in zip(noise, video, strict=True):
