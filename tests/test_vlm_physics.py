@@ -766,6 +766,12 @@ def test_every_condition_gets_its_own_noise_plan_and_model(monkeypatch) -> None:
         )
         mine = truth.reshape(10, 3, 3, 2, 4)[:, :2].reshape(20, 3, 2, 4)
         np.testing.assert_allclose(track, mine / 2, atol=1e-9, err_msg=name)
+    truth, rough = (q.other_plans(k, q.test_scenes(2), size)[:, :, :1, :2] for k in ("oracle", "jitter"))
+    assert (
+        found["follow"].shape == (20,)
+        and np.isfinite(found["follow"]).all()
+        and not np.allclose(truth, rough)
+    )
     assert set(found["noise"]) == set(names) - {"none", "sdedit_06"} and found["clip_none"].dtype == np.uint8
     takes = q.film(size, 2)
     np.testing.assert_array_equal(takes.real1[:, 0], takes.real2[:, 0])
