@@ -121,14 +121,14 @@ S = run.settings(
         seeds=1, size=24, frames=4, k=2, committed=True,
         model=dict(hidden=128, depth=4, heads=4, time_embed_dim=64, patch_size=1),
         base=dict(steps=2, batch=4, lr=2e-3, pool=0), arms=["ours", "channel"], curve=[8], points=2,
-        tune=dict(steps=2, batch=4, lr=2e-3, rank=8), test=dict(scenes=4, plain=2, ring=0, steps=2),
+        tune=dict(steps=2, batch=4, rank=8), rates=[8e-3], test=dict(scenes=4, plain=2, ring=0, steps=2),
         check=24, guidance=2.0, strengths=[5.0], show=2, cost=dict(tiny=True, repeats=3, warmup=1),
     ),
     cpu=dict(
         seeds=1, size=24, frames=4, k=2, committed=True,
         model=dict(hidden=128, depth=4, heads=4, time_embed_dim=64, patch_size=1),
         base=dict(steps=2, batch=8, lr=2e-3, pool=0), arms=["ours", "channel"], curve=[256], points=1,
-        tune=dict(steps=80, batch=16, lr=2e-3, rank=16), test=dict(scenes=40, plain=16, ring=0, steps=8),
+        tune=dict(steps=80, batch=16, rank=16), rates=[8e-3], test=dict(scenes=40, plain=16, ring=0, steps=8),
         check=200, guidance=2.0, strengths=[5.0], show=2, cost=dict(tiny=True, repeats=5, warmup=1),
     ),
     gpu=dict(
@@ -138,7 +138,8 @@ S = run.settings(
         arms=["ours", "channel", "data", "channel_long", "small_weight", "large_weight", "outline",
               "position", "t2v", "random_blocks", "worst_blocks", "all_blocks", "both"],
         curve=[64, 256, 512], points=5,
-        tune=dict(steps=300, batch=64, lr=1e-3, rank=32), test=dict(scenes=256, plain=128, ring=64, steps=20),
+        tune=dict(steps=300, batch=64, rank=32), rates=[2e-3, 4e-3, 8e-3],
+        test=dict(scenes=256, plain=128, ring=64, steps=20),
         check=500, guidance=2.0, strengths=[2.0, 5.0, 15.0, 50.0], show=2,
         cost=dict(tiny=False, repeats=12, warmup=2),
     ),
@@ -1097,7 +1098,7 @@ def test_arm(model, arm: dict[str, Any], form: str, size: int, frames: int, test
         return out
     every = [variant for s in test_scenes(show, frames, "ambiguous") for variant in look_alikes(s)]
     clips = generate(model, every, size, arm, form, test["steps"], guidance, strength)
-    return out | {"clips": (clips * 255).round().astype("u1")}
+    return out | {"clips": (clips * 31).round().astype("u1") * 8}  # 32 levels: a record must stay small
 
 
 # %%
@@ -1217,7 +1218,8 @@ if inside.done:
 # ### Fine-tuning
 #
 # `tune_arm` is the experiment: LoRA and the patch projection, a fixed set of clips, scores on the way and at
-# the end.
+# the end. All arms train with one learning rate, the one that serves `ours` and `channel` best on average, on
+# scenes that are used for such choices alone.
 
 
 # %%
@@ -1249,28 +1251,14 @@ def tuning_stock(net, arm: dict[str, Any], clips: int, size: int, frames: int) -
     return {name: torch.stack([batch[name] for batch in every]) for name in every[0]}
 
 
-def point_steps(steps: int, points: int) -> list[int]:
-    """The step counts at which an arm is tested on its way, equally spaced; the last one is its end."""
-    return [round(steps * (i + 1) / points) for i in range(points)]
-
-
-# %%
-def tune_arm(
-    name: str, seed: int, clips: int, size: int, frames: int, model: dict[str, int], base: Any,
-    alignment: Any, k: int, tune: dict[str, Any], test: dict[str, int], points: int, guidance: float,
-    show: int,
-) -> dict[str, Any]:  # fmt: skip
-    """Train one arm; contact rate at `points` step counts, all scores and the map's agreement at the end."""
-    arm, depth, rng = ARMS[name], model["depth"], np.random.default_rng([seed, 3])
-    mode, form = arm.get("blocks", "semantic"), arm.get("form", "noun")
-    blocks = select_blocks(depth, mode, k, alignment["auc"], np.random.default_rng([seed, 4]))
-    net = prepare_arm(load_base(base, size, frames, model), arm, tune["rank"], seed)
-    steps, g = tune["steps"] * arm.get("longer", 1), torch.Generator().manual_seed(seed)
+def fine_tune(net, arm: dict[str, Any], seed: int, clips: int, size: int, frames: int, blocks: Sequence[int],
+              tune: dict[str, Any], watch=lambda step: None) -> np.ndarray:  # fmt: skip
+    """Train `net` in place; `watch` is called after each step. Returns the losses (steps, 2): rec, attn."""
+    rng, g = np.random.default_rng([seed, 3]), torch.Generator().manual_seed(seed)
+    steps = tune["steps"] * arm.get("longer", 1)
     updater = train.Updater(net, tune["lr"], steps=steps, warmup=10, betas=(0.9, 0.99))
-    stock = tuning_stock(net, arm, clips, size, frames)
-    few, at = test_scenes(test["scenes"], frames, "ambiguous")[:128], point_steps(steps, points)
-    curve, losses, order = [], [], []
-    for step in train.progress(range(1, steps + 1), name):
+    stock, losses, order = tuning_stock(net, arm, clips, size, frames), [], []
+    for step in train.progress(range(1, steps + 1), "fine-tuning"):
         while len(order) < tune["batch"]:
             order += rng.permutation(clips).tolist()
         rows, order = torch.tensor(order[: tune["batch"]]), order[tune["batch"] :]
@@ -1279,9 +1267,61 @@ def tune_arm(
         found = tavid_step(net, batch, arm["lam"], blocks, arm.get("region", "v2t"), g)
         updater(found["loss"])
         losses.append(torch.stack([found["rec"], found["attn"]]))
+        watch(step)
+    return torch.stack(losses).cpu().numpy()
+
+
+# %%
+def hit_rate(net, scenes, size: int, arm: dict[str, Any], form: str, test: dict[str, int], guidance: float,
+             strength: float = 0.0) -> float:  # fmt: skip
+    """Share of generated clips whose first contact is the target."""
+    clips = generate(net, scenes, size, arm, form, test["steps"], guidance, strength)
+    return float(np.mean([contact_report(v, s).target for v, s in zip(clips, scenes, strict=True)]))
+
+
+def choice_scenes(frames: int, test: dict[str, int]) -> list[Scene]:
+    """Ambiguous scenes for choosing a learning rate and a strength, used for nothing else."""
+    rng = np.random.default_rng(43)
+    return [draw_scene(rng, frames, True) for _ in range(min(64, test["scenes"]))]
+
+
+def choose_rate(
+    size: int, frames: int, model: dict[str, int], base: Any, alignment: Any, k: int, clips: int,
+    tune: dict[str, Any], test: dict[str, int], guidance: float, rates: list[float],
+) -> dict[str, Any]:  # fmt: skip
+    """The learning rate with the highest mean hit rate of `ours` and `channel`; a single one is not tried."""
+    hits = []
+    for lr in rates if len(rates) > 1 else []:
+        for name in ("ours", "channel"):
+            arm, blocks = ARMS[name], select_blocks(model["depth"], "semantic", k, alignment["auc"])
+            net = prepare_arm(load_base(base, size, frames, model), arm, tune["rank"], 900)
+            fine_tune(net, arm, 900, clips, size, frames, blocks, tune | {"lr": lr})
+            hits.append(hit_rate(net, choice_scenes(frames, test), size, arm, "noun", test, guidance))
+    means = np.mean(np.reshape(hits, (-1, 2)), 1) if hits else [0.0]
+    return {"rates": rates, "hits": hits, "best": rates[int(np.argmax(means))]}
+
+
+# %%
+def tune_arm(
+    name: str, seed: int, clips: int, size: int, frames: int, model: dict[str, int], base: Any,
+    alignment: Any, rate: Any, k: int, tune: dict[str, Any], test: dict[str, int], points: int,
+    guidance: float, show: int,
+) -> dict[str, Any]:  # fmt: skip
+    """Train one arm; contact rate at `points` step counts, all scores and the map's agreement at the end."""
+    arm, form = ARMS[name], ARMS[name].get("form", "noun")
+    mode, rng = arm.get("blocks", "semantic"), np.random.default_rng([seed, 4])
+    blocks = select_blocks(model["depth"], mode, k, alignment["auc"], rng)
+    net = prepare_arm(load_base(base, size, frames, model), arm, tune["rank"], seed)
+    few, steps = test_scenes(test["scenes"], frames, "ambiguous")[:128], tune["steps"] * arm.get("longer", 1)
+    at = [round(steps * (i + 1) / points) for i in range(points)]  # equally spaced, the last one is the end
+    curve: list[float] = []
+
+    def watch(step: int) -> None:
         if step in at[:-1]:
-            drawn = generate(net, few, size, arm, form, test["steps"], guidance)
-            curve.append(np.mean([contact_report(v, s).target for v, s in zip(drawn, few, strict=True)]))
+            curve.append(hit_rate(net, few, size, arm, form, test, guidance))
+
+    own = tune | {"lr": rate["best"]}
+    losses = fine_tune(net, arm, seed, clips, size, frames, blocks, own, watch)
     out = test_arm(net, arm, form, size, frames, test, guidance, show)
     out["curve"] = np.array([*curve, out["ambiguous_hit"][: len(few)].mean()])
     if arm["mask"]:
@@ -1289,7 +1329,6 @@ def tune_arm(
         if show:  # at the last timestep the clip itself is pure noise: only picture and mask can tell
             every = [v for s in test_scenes(show, frames, "ambiguous") for v in look_alikes(s)]
             out["maps"] = word_maps(net, every, size, arm, "target", 999)[0][list(blocks)].mean(0)
-    losses = torch.stack(losses).cpu().numpy()
     return out | {"at": np.array(at), "losses": losses, "blocks": list(blocks)}
 
 
@@ -1302,16 +1341,11 @@ def tune_arm(
 # %%
 def choose_strength(size: int, frames: int, model: dict[str, int], base: Any, test: dict[str, int],
                     guidance: float, strengths: list[float]) -> dict[str, Any]:  # fmt: skip
-    """The strength of attention modulation with the most hits, on scenes that are used for nothing else."""
-    net, rng = load_base(base, size, frames, model), np.random.default_rng(43)
-    scenes = [draw_scene(rng, frames, True) for _ in range(min(64, test["scenes"]))]
-    rates = []
-    for s in strengths if len(strengths) > 1 else []:
-        clips = generate(net, scenes, size, {"mask": False}, "plain", test["steps"], guidance, s)
-        rates.append(
-            float(np.mean([contact_report(v, c).target for v, c in zip(clips, scenes, strict=True)]))
-        )
-    return {"rates": rates, "best": strengths[int(np.argmax(rates))] if rates else strengths[0]}
+    """The strength of attention modulation with the highest hit rate; a single one is not tried."""
+    net, scenes = load_base(base, size, frames, model), choice_scenes(frames, test)
+    tried = strengths if len(strengths) > 1 else []
+    hits = [hit_rate(net, scenes, size, {"mask": False}, "plain", test, guidance, s) for s in tried]
+    return {"strengths": strengths, "hits": hits, "best": strengths[int(np.argmax(hits or [0.0]))]}
 
 
 def test_base(name: str, size: int, frames: int, model: dict[str, int], base: Any, test: dict[str, int],
@@ -1323,6 +1357,8 @@ def test_base(name: str, size: int, frames: int, model: dict[str, int], base: An
 
 common = dict(**SIZES, base=base, guidance=S.guidance)
 choice = run.unit(choose_strength, **common, test=S.test, strengths=S.strengths)
+trial = dict(alignment=alignment, k=S.k, tune=S.tune)
+rate = run.unit(choose_rate, **common, **trial, test=S.test, clips=S.curve[-1], rates=S.rates)
 untrained = {
     name: run.unit(test_base, name=name, **common, test=S.test, show=S.show, choice=chosen)
     for name, chosen in (("base", None), ("modulation", choice))
@@ -1335,6 +1371,7 @@ tables.grid([{"clips": n, "noise": agreement["noise"] * (n == "noisy"), "agreeme
 # %%
 tuned: dict[tuple[str, int, int], Any] = {}
 SWEEP = ("ours", "channel", "data", "channel_long", "small_weight", "large_weight")  # all seeds; others: one
+LAMBDAS = {"ours": 0.1, "channel": 0.0, "small_weight": 0.01, "large_weight": 1.0}  # learning curves
 PAIR = ("ours", "channel")  # all sizes of the fine-tuning set, for the learning curves; clips for the page
 for name in S.arms:
     for s in run.seeds if name in SWEEP else run.seeds[:1]:
@@ -1343,8 +1380,8 @@ for name in S.arms:
             seen = whole and name in PAIR and s == run.seeds[0]
             test = S.test if whole else S.test | dict(scenes=min(128, S.test["scenes"]), plain=0, ring=0)
             tuned[name, s, clips] = run.unit(
-                tune_arm, name=name, seed=s, clips=clips, **common, test=test, alignment=alignment, k=S.k,
-                tune=S.tune, points=S.points, show=S.show if seen else 0,
+                tune_arm, name=name, seed=s, clips=clips, **common, **trial, test=test, rate=rate,
+                points=S.points if name in LAMBDAS else 1, show=S.show if seen else 0,
             )  # fmt: skip
 
 # %% [markdown]
@@ -1558,9 +1595,6 @@ def gather_contact(metrics: dict, arrays: dict) -> None:
 
 
 # %% tags=["hide-input"]
-LAMBDAS = {"ours": 0.1, "channel": 0.0, "small_weight": 0.01, "large_weight": 1.0}
-
-
 def gather_curves(metrics: dict, arrays: dict) -> None:
     """Add the learning curves and their means per seed, map agreement, losses and clips."""
     for name in LAMBDAS:
@@ -1598,7 +1632,9 @@ def gather_gates(metrics: dict, arrays: dict) -> None:
     if reader.done:
         metrics["detector_agreement"] = {"worst": [min(reader["clean"], reader["noisy"])]}
     if choice.done:
-        arrays["modulation_strengths"] = np.array([choice["rates"] or [np.nan], S.strengths])
+        arrays |= {f"choice/strength/{k}": np.array(choice[k]) for k in ("strengths", "hits", "best")}
+    if rate.done:
+        arrays |= {f"choice/rate/{k}": np.array(rate[k]) for k in ("rates", "hits", "best")}
     if untrained["base"].done:
         base_unit = untrained["base"]
         keys = {"one_hand": "ambiguous_one_hand", "any_contact": "ambiguous_any", "base_tcr": "ambiguous_hit"}

@@ -468,7 +468,7 @@ def test_every_arm_trains_and_sees_the_same_clips(monkeypatch) -> None:
     for name, arm in q.ARMS.items():
         out = q.tune_arm(
             name, 1, 6, **size, base=start, alignment={"auc": [0.5, 0.9, 0.7]}, k=1, show=0, points=2,
-            tune=dict(steps=2, batch=5, lr=1e-3, rank=2), guidance=2.0,
+            tune=dict(steps=2, batch=5, rank=2), rate={"best": 1e-3}, guidance=2.0,
             test=dict(scenes=3, plain=0, ring=2, steps=1),
         )  # fmt: skip
         assert out["curve"].shape == (2,) and out["ring_hit"].shape == (2,)
