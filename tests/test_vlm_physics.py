@@ -18,6 +18,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKLCogVideoX, CogVideoXImageToVideoPipeline
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -656,6 +657,37 @@ def test_generation_starts_from_the_given_noise() -> None:
         assert len(counts) == steps
     with pytest.raises(ValueError, match="strength"):
         q.generate(model, first, ids, noise, 2, clip, 0.0)
+
+
+def test_published_pipelines_take_the_noise(tmp_path) -> None:
+    """The page's recipe for CogVideoX-5B on a tiny pipeline in the published layout, saved and loaded."""
+    down, up = ("CogVideoXDownBlock3D",) * 4, ("CogVideoXUpBlock3D",) * 4
+    vae = AutoencoderKLCogVideoX(
+        down_block_types=down, up_block_types=up, block_out_channels=(8,) * 4, latent_channels=4,
+        layers_per_block=1, norm_num_groups=2, temporal_compression_ratio=4,
+    )  # fmt: skip
+    net = cogvideox.transformer(
+        channels=4, condition_channels=4, frames=3, height=2, width=4, text_length=8, text_width=32, depth=1,
+        hidden=64, heads=2, rotary=True,
+    )  # fmt: skip
+    words = lm.word_tokenizer(["A ball falls"], padding_side="right")
+    parts = words, cogvideox.text_encoder(len(words), 32), vae, net, cogvideox.scheduler()
+    CogVideoXImageToVideoPipeline(*parts).save_pretrained(tmp_path)
+    pipe = CogVideoXImageToVideoPipeline.from_pretrained(tmp_path)
+    pipe.set_progress_bar_config(disable=True)
+    boxes = torch.tensor(q.interpolate_boxes(np.array([[[0.0, 0, 8, 8]], [[16, 8, 8, 8]]]), 9)).float()
+    noise = q.warp_noise(q.analytic_flow(boxes, (32, 16)), 4, up=4, down=32, generator=gen())
+    noise = q.mix_noise(q.nearest_latent_frames(noise, 3), q.gammas("mix", 3), gen())
+    options = dict(height=16, width=32, num_frames=9, num_inference_steps=2, guidance_scale=6)
+    options |= dict(max_sequence_length=8, output_type="pt")
+    image = torch.rand(1, 3, 16, 32, generator=gen())
+    made = [
+        pipe(image, "A ball falls", latents=n[None], generator=gen(), **options).frames
+        for n in (noise, noise, noise.flip(0))
+    ]
+    assert made[0].shape == (1, 9, 3, 16, 32) and torch.isfinite(made[0]).all()
+    torch.testing.assert_close(made[0], made[1])
+    assert not torch.allclose(made[0], made[2], atol=1e-3)
 
 
 # ---------------------------------------------------------------- scores
