@@ -1749,7 +1749,7 @@ def draw_pipeline(settings: dict):
             )
             ax.add_patch(plt.Rectangle((x - 0.5, y - 0.5), w, h, fill=False, **color))
             ax.set(xticks=[], yticks=[])
-            if line is axes[-1]:
+            if name == "warped noise":
                 ax.set_xlabel(f"{t / (settings['frames'] - 1) * SECONDS:.2f} s")
         line[0].set_ylabel(name, fontsize=8)
     return figure
