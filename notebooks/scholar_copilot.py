@@ -59,7 +59,6 @@ import json
 import lzma
 import math
 import re
-import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -74,6 +73,8 @@ import readrun
 import torch
 from IPython.display import HTML
 from readrun import bench, docstrings, lm, media, paths, picker, plots, stats, tables, train
+from readrun.onestep import CachedStep, samples_ms
+from readrun.pack import packed, unpacked
 from readrun.retrieval import BM25, bi_encode, bi_encode_all, in_batches, pad_rows, unit_rows
 from transformers import (
     AutoModel,
@@ -84,7 +85,6 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen2Model,
 )
-from transformers.cache_utils import Cache, StaticLayer
 from transformers.utils.logging import disable_progress_bar
 
 # %% tags=["hide-input"]
@@ -391,9 +391,8 @@ def embed_rows(model, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 def embed_ends(model, tok, rows: Sequence[Sequence[int]], batch: int = 64) -> torch.Tensor:
     """Unit vectors at the last token of each row of ids, (N, d) float32."""
     device = next(model.parameters()).device
-    return in_batches(
-        lambda part: embed_rows(model, *pad_rows(part, tok.pad_token_id, device)), rows, device, batch
-    )
+    padded = lambda part: pad_rows(part, tok.pad_token_id, device)  # noqa: E731
+    return in_batches(lambda part: embed_rows(model, *padded(part)), rows, device, batch)
 
 
 def doc_ids_of(tok, text: str, limit: int = DOC_TOKENS) -> list[int]:
@@ -754,10 +753,8 @@ def citation_key(doc: Doc) -> str:
 def exported(parts: Sequence[str | Doc]) -> tuple[str, str]:
     """(markdown with \\cite{…}, BibTeX of what is cited); marks in the text are broken up."""
     keys = {part.id: citation_key(part) for part in parts if isinstance(part, Doc)}
-    text = "".join(
-        part.replace("\0", "").replace("<|", "< |") if isinstance(part, str) else f"\0{keys[part.id]}\0"
-        for part in parts
-    )
+    clean = lambda text: text.replace("\0", "").replace("<|", "< |")  # noqa: E731
+    text = "".join(clean(part) if isinstance(part, str) else f"\0{keys[part.id]}\0" for part in parts)
     merge = lambda run: f"\\cite{{{','.join(dict.fromkeys(run[0].replace(chr(0), ' ').split()))}}}"  # noqa: E731
     entries = {part.id: part.bibtex for part in parts if isinstance(part, Doc)}
     return re.sub(r"\0[^\0]+\0(?:\s*\0[^\0]+\0)*", merge, text), "\n".join(entries.values())
@@ -1365,9 +1362,8 @@ def continuations(
         tail = segments[at + 1] if at + 1 < len(segments) else ""
         words = plain_ids(tok, tail)[:AFTER] if isinstance(tail, str) else []
         if len(words) >= LEAST:
-            ids = encode_paper(Paper("", "", "", segments[:at]), corpus, tok, 10**9, content)["input_ids"][
-                :-1
-            ]
+            before = Paper("", "", "", segments[:at])
+            ids = encode_paper(before, corpus, tok, 10**9, content)["input_ids"][:-1]
             room = max_len - content - AFTER - 3  # beside the first token and two marks
             which.append(i)
             tails.append(words)
@@ -1540,28 +1536,7 @@ def pretrain(
     return train.fit(updater, batches, loss_of, name="language model")
 
 
-# %% [markdown]
-# The weights are saved for the arms to start from, as int8 with one scale per row: a quarter of the size.
-
-
 # %%
-def packed(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Matrices as int8 and, under "<name>.scale", what a row is multiplied by; vectors as they are."""
-    out = {}
-    for name, w in weights.items():
-        if w.ndim == 2:
-            out[f"{name}.scale"] = scale = w.abs().amax(1, keepdim=True).clamp_min(1e-12) / 127
-            w = (w / scale).round().to(torch.int8)
-        out[name] = w
-    return out
-
-
-def unpacked(saved: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The weights again, to within half a step of each row's scale."""
-    scales = {name.removesuffix(".scale"): w for name, w in saved.items() if name.endswith(".scale")}
-    return {n: w.float() * scales.get(n, 1.0) for n, w in saved.items() if not n.endswith(".scale")}
-
-
 def start_model(base, size: dict, vocab_size: int, papers: int, seed: int = 0):
     """(model, tokenizer) on the run's device: a base's weights, the committed checkpoint, or random ones."""
     tok = tokenizer_for(vocab_size, papers)
@@ -1570,15 +1545,15 @@ def start_model(base, size: dict, vocab_size: int, papers: int, seed: int = 0):
     else:
         model = make_model(size, tok, 512, seed)
     if base is not None and not base["from_checkpoint"]:
-        model.load_state_dict(unpacked(base["weights"]), strict=False)  # the tied head is not saved
+        weights = unpacked(base["weights"])
+        model.load_state_dict(weights | {"lm_head.weight": weights["model.embed_tokens.weight"]})
     return model.to(run.device), tok
 
 
-# %%
 def train_language(
     size: dict, vocab_size: int, papers: int, recipe: dict, from_checkpoint: bool, seed: int = 0
 ):
-    """The language model that all arms start from."""
+    """The language model that all arms start from; its weights as int8 with a scale per row."""
     if from_checkpoint:
         return {"from_checkpoint": True, "losses": np.zeros(0)}
     model, tok = start_model(None, size, vocab_size, papers, seed)
@@ -1689,9 +1664,8 @@ def similarity_of(model, tok, corpus: Corpus, recipe: dict, count: int = 8) -> n
     coded = [c for c in encode_all(papers, corpus, tok, recipe["max_len"], recipe["content"]) if c["ret_pos"]]
     if not coded:
         return np.zeros((0, 0))
-    docs = {
-        d: doc_ids_of(tok, corpus.docs[d].text, recipe["doc_tokens"]) for c in coded for d in c["targets"]
-    }
+    cited = {d for c in coded for d in c["targets"]}
+    docs = {d: doc_ids_of(tok, corpus.docs[d].text, recipe["doc_tokens"]) for d in cited}
     device = next(model.parameters()).device
     batch = make_batch(coded, docs, tok.pad_token_id, np.random.default_rng(0), device)
     with torch.no_grad(), train.autocast(device):
@@ -1787,14 +1761,12 @@ def finetune_minilm(
     tok = AutoTokenizer.from_pretrained(minilm_folder(folder))
     model = AutoModel.from_pretrained(minilm_folder(folder), dtype=torch.float32).to(run.device).train()
     train_contexts = contexts_of(corpus, "train")
-    groups = list(by_paper(train_contexts, 1).values())
+    papers_of, most = list(by_paper(train_contexts, 1).values()), recipe["targets"]
 
     def batches():
-        for picked in shuffled(len(groups), recipe["batch"], steps, rng):
-            some = [
-                groups[g][i] for g in picked for i in rng.permutation(len(groups[g]))[: recipe["targets"]]
-            ]
-            yield [train_contexts[i] for i in some]
+        for picked in shuffled(len(papers_of), recipe["batch"], steps, rng):
+            members = [papers_of[i] for i in picked]
+            yield [train_contexts[own[i]] for own in members for i in rng.permutation(len(own))[:most]]
 
     def loss_of(model, batch):
         q = bi_encode(model, tok, [c.left[-width:] for c in batch], end=True)
@@ -1906,88 +1878,7 @@ habit = run.unit(last_three_tokens, count=S.when, test=S.test, **sizes)
 # Qwen2.5-7B, with random weights: against encoding the text again, as the released demo does, and against
 # the time that reading every weight and the cache once takes. A step of one token does so little arithmetic
 # that launching its hundreds of kernels would cost more than the reading; on a GPU it is captured as one
-# graph. It writes its key at a slot that is a tensor, behind the text, so that it can be replayed as often as
-# one likes.
-
-
-# %%
-class SlotLayer(StaticLayer):
-    """Keys and values that a layer holds of a text, in a longer buffer; a step writes at `slot`."""
-
-    def __init__(self, layer, length: int, slot: torch.Tensor) -> None:
-        super().__init__(max_cache_len=length)
-        pad = (0, 0, 0, length - layer.keys.shape[2])
-        self.keys, self.values = (torch.nn.functional.pad(x, pad) for x in (layer.keys, layer.values))
-        self.slot, self.is_initialized = slot, True
-
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: object):
-        """All keys and values, with those (1, heads, 1, dim) of the step."""
-        new = ((self.keys, key_states), (self.values, value_states))
-        return tuple(buffer.index_copy_(2, self.slot, x) for buffer, x in new)
-
-    def get_seq_length(self, *_: object) -> int:
-        return 0  # positions and masks are always given
-
-
-# %%
-class CachedStep:
-    """The state at a token after a text of `ids` (1, T), by one step on a static cache; captured on a GPU."""
-
-    @torch.no_grad()
-    def __init__(self, model, ids: torch.Tensor, length: int) -> None:
-        self.model, device, kind = model, ids.device, next(model.parameters()).dtype
-        self.slot = torch.tensor([ids.shape[1]], device=device)
-        text = DynamicCache()
-        model(input_ids=ids, past_key_values=text, use_cache=True)
-        self.cache = Cache(layers=[SlotLayer(layer, length, self.slot) for layer in text.layers])
-        self.token = torch.zeros(1, 1, dtype=torch.long, device=device)
-        hidden = (torch.arange(length, device=device) > self.slot).view(1, 1, 1, length)
-        self.mask = torch.zeros(hidden.shape, dtype=kind, device=device)
-        self.mask.masked_fill_(hidden, torch.finfo(kind).min)
-        self.graph = None
-        if device.type == "cuda":
-            self._capture()
-
-    def _step(self) -> torch.Tensor:
-        out = self.model(
-            input_ids=self.token, position_ids=self.slot[None], attention_mask=self.mask,
-            past_key_values=self.cache, use_cache=True,
-        )  # fmt: skip
-        return out.last_hidden_state[0, -1]
-
-    def _capture(self) -> None:
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                self._step()
-        torch.cuda.current_stream().wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.state = self._step()
-
-    @torch.no_grad()
-    def __call__(self, token: int) -> torch.Tensor:
-        """The post-norm state (d,) at `token`, which stands behind the text."""
-        self.token.fill_(token)
-        if self.graph is None:
-            return self._step()
-        self.graph.replay()
-        return self.state
-
-
-# %%
-def samples_ms(function: Callable, repeats: int) -> np.ndarray:
-    """Milliseconds of single calls, the GPU's queue drained before and after; two more warm up."""
-    wait = torch.cuda.synchronize if run.device == "cuda" else (lambda: None)
-    out = []
-    for _ in range(repeats + 2):
-        wait()
-        start = time.perf_counter()
-        function()
-        wait()
-        out.append(1e3 * (time.perf_counter() - start))
-    return np.array(out[2:])
+# graph (`readrun.onestep`).
 
 
 # %%
@@ -2006,12 +1897,12 @@ def bench_query(shapes: dict) -> dict[str, Any]:
     out: dict[str, Any] = {"copy_gb_s": copy, "lengths": shapes["lengths"], "gib": weights / 2**30}
     for length in shapes["lengths"]:
         ids = torch.randint(shapes["vocab"], (1, length + 1), device=run.device)
-        step, token = CachedStep(model, ids[:, :-1], -(-(length + 1) // 8) * 8), int(ids[0, -1])
+        step, token = CachedStep(model, ids[:, :-1]), int(ids[0, -1])
         with torch.no_grad():
             whole = lambda ids=ids: model(input_ids=ids, use_cache=False).last_hidden_state[0, -1]  # noqa: E731
             cosine = torch.nn.functional.cosine_similarity(whole().float(), step(token).float(), dim=0)
-            out[f"cached__{length}"] = samples_ms(lambda s=step, t=token: s(t), shapes["repeats"])
-            out[f"encode_again__{length}"] = samples_ms(whole, shapes["repeats"])
+            out[f"cached__{length}"] = samples_ms(lambda s=step, t=token: s(t), shapes["repeats"], run.device)
+            out[f"encode_again__{length}"] = samples_ms(whole, shapes["repeats"], run.device)
         out[f"read_once__{length}"] = 1e-6 * (weights + per_token * length) / copy
         out[f"cosine__{length}"] = float(cosine)
         del step
@@ -2046,7 +1937,7 @@ def bench_search(shapes: dict) -> dict[str, Any]:
             "whole": lambda q=q: (q @ index.T).topk(k, 1),
         }
         for name, call in ways.items():
-            out[f"{name}__{b}"] = samples_ms(call, shapes["repeats"])
+            out[f"{name}__{b}"] = samples_ms(call, shapes["repeats"], run.device)
             out[f"mib_{name}__{b}"] = bench.peak_memory(call, run.device) / 2**20
         exact = (q.float() @ index.float().T).topk(k, 1).values
         out[f"same__{b}"] = float((ways["blocked"]()[0].float() - exact).abs().max())
@@ -2088,7 +1979,7 @@ def bench_training(shape: dict, recipe: dict, repeats: int) -> dict[str, Any]:
                 loss = loss_of()
             updater(loss)
 
-        out[f"ms_{name}"] = samples_ms(step, repeats)
+        out[f"ms_{name}"] = samples_ms(step, repeats, run.device)
         out[f"mib_{name}"] = bench.peak_memory(step, run.device) / 2**20
     speed = bench.ceilings(run.device, torch.bfloat16 if run.device == "cuda" else torch.float32)
     weights = sum(p.numel() for p in model.parameters())
@@ -2385,9 +2276,9 @@ if "text/example" in shown.arrays:
     draw_example(shown)
 
 # %% tags=["hide-input"]
-if "when_to_cite_ap" in here.metrics:
-    ap = {k: round(float(np.mean(v)), 3) for k, v in here.metrics["when_to_cite_ap"].items()}
-    base_rate = float(here.arrays.get("base_rate", np.nan))
+if "when_to_cite_ap" in shown.metrics:
+    ap = {k: round(float(np.mean(v)), 3) for k, v in shown.metrics["when_to_cite_ap"].items()}
+    base_rate = float(shown.arrays.get("base_rate", np.nan))
     print("when to cite, average precision:", ap, f"base rate {base_rate:.4f}")
 
 
@@ -2454,9 +2345,7 @@ plots.show(
 # ## GPU experiment
 
 # %% tags=["hide-input"]
-tables.provenance(book) if book else print(
-    "The GPU run is not recorded yet; below is what this machine measured."
-)
+tables.provenance(book) if book else print("No GPU run is recorded yet; below is what this machine measured.")
 
 # %% tags=["figure", "hide-input"]
 if book:  # without a record the same figures stand above

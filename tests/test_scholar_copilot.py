@@ -216,7 +216,7 @@ def test_cached_step_equals_the_full_forward(kind) -> None:
 
 def test_captured_step_equals_the_full_forward() -> None:
     model, ids = tiny().base_model, torch.randint(8, 250, (1, 21))
-    step = q.CachedStep(model, ids[:, :-1], 32)
+    step = q.CachedStep(model, ids[:, :-1])
     want = model(input_ids=ids).last_hidden_state[0, -1]
     for _ in range(2):  # replaying must not change the state
         assert torch.allclose(step(int(ids[0, -1])), want, atol=1e-5)
