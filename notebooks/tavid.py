@@ -128,7 +128,7 @@ S = run.settings(
         seeds=1, size=24, frames=4, k=2, committed=True,
         model=dict(hidden=128, depth=4, heads=4, time_embed_dim=64, patch_size=1),
         base=dict(steps=2, batch=8, lr=2e-3, pool=0), arms=["ours", "channel"], curve=[256], points=1,
-        tune=dict(steps=80, batch=16, rank=16), rates=[8e-3], test=dict(scenes=40, plain=16, ring=0, steps=8),
+        tune=dict(steps=80, batch=16, rank=16), rates=[1e-2], test=dict(scenes=32, plain=12, ring=0, steps=8),
         check=200, guidance=2.0, strengths=[5.0], show=2, cost=dict(tiny=True, repeats=5, warmup=1),
     ),
     gpu=dict(
@@ -138,7 +138,7 @@ S = run.settings(
         arms=["ours", "channel", "data", "channel_long", "small_weight", "large_weight", "outline",
               "position", "t2v", "random_blocks", "worst_blocks", "all_blocks", "both"],
         curve=[64, 256, 512], points=5,
-        tune=dict(steps=300, batch=64, rank=32), rates=[2e-3, 4e-3, 8e-3],
+        tune=dict(steps=300, batch=64, rank=32), rates=[3e-3, 6e-3, 1.2e-2],
         test=dict(scenes=256, plain=128, ring=64, steps=20),
         check=500, guidance=2.0, strengths=[2.0, 5.0, 15.0, 50.0], show=2,
         cost=dict(tiny=False, repeats=12, warmup=2),
@@ -1170,10 +1170,7 @@ def look_inside(size: int, frames: int, model: dict[str, int], base: Any, alignm
     of its target's shape in the prompt (index), and the first frame."""
     net, block = load_base(base, size, frames, model), int(np.argmax(alignment["auc"]))
     scene = draw_scene(np.random.default_rng(41), frames, False)
-    batch, t = (
-        target_batch(net, [scene], size, {"mask": False}, "plain"),
-        torch.tensor([500], device=net.device),
-    )
+    t, batch = torch.tensor([500]).to(net.device), target_batch(net, [scene], size, {"mask": False}, "plain")
     noise = torch.randn(batch["latents"].shape, generator=torch.Generator().manual_seed(0)).to(net.device)
     index = find_tgt(net.tokenizer, batch["ids"], scene.kinds[scene.target][1])
     install(net.transformer)
@@ -1205,7 +1202,6 @@ if inside.done:
     plots.label(axes[2], "x (pixel)", "y (pixel)", "frame 0")
     for ax in axes:
         ax.grid(False)
-    figure.tight_layout()
     plots.show(
         figure,
         alt="A joint attention matrix of the base, its four regions divided by white lines; the column of "
@@ -1295,8 +1291,11 @@ def choose_rate(
         for name in ("ours", "channel"):
             arm, blocks = ARMS[name], select_blocks(model["depth"], "semantic", k, alignment["auc"])
             net = prepare_arm(load_base(base, size, frames, model), arm, tune["rank"], 900)
-            fine_tune(net, arm, 900, clips, size, frames, blocks, tune | {"lr": lr})
-            hits.append(hit_rate(net, choice_scenes(frames, test), size, arm, "noun", test, guidance))
+            try:
+                fine_tune(net, arm, 900, clips, size, frames, blocks, tune | {"lr": lr})
+                hits.append(hit_rate(net, choice_scenes(frames, test), size, arm, "noun", test, guidance))
+            except FloatingPointError:  # too high a rate
+                hits.append(0.0)
     means = np.mean(np.reshape(hits, (-1, 2)), 1) if hits else [0.0]
     return {"rates": rates, "hits": hits, "best": rates[int(np.argmax(means))]}
 
@@ -1756,7 +1755,7 @@ plots.show(draw_alignment(here), alt=ALIGN_ALT, caption="Shaded: blocks that car
 
 
 # %% tags=["hide-input"]
-def marked(results, name: str, index: int, scale: int = 3) -> np.ndarray:
+def marked(results, name: str, index: int, scale: int = 5) -> np.ndarray:
     """Frames (T, H, W, 3) of a shown clip with the target ringed and the contact drawn, enlarged."""
     clips = results.arrays[f"clips/{name}"]
     drawn = test_scenes(len(clips) // 3, clips.shape[1], "ambiguous")
@@ -1893,7 +1892,7 @@ def draw_cost(results):
         steps = [float(np.median(get[f"step/ms_{a}"])) for a in ("no_loss", "one_hot")]
         axes[0].bar(["no loss", "one-hot loss"], steps, color=plots.PALETTE[:2])
         memory = [float(get["step/gib_no_loss"]), float(get["step/gib_one_hot"])]
-        memory.append(memory[0] + float(get["map/gib_matrix"]))
+        memory.append(memory[0] and memory[0] + float(get["map/gib_matrix"]))
         axes[1].bar(["no loss", "one-hot loss", "+ one matrix"], memory, color=plots.PALETTE[:3])
         if not memory[0]:
             axes[1].set_title("GPU memory: not measured on a CPU")
@@ -2074,6 +2073,8 @@ if own:
 #   one position here.
 # - In `smoke` and `cpu` only `ours` and `channel` are trained, for a few steps: enough to see both move away
 #   from the base, not enough to tell them apart. Verdicts are for the `gpu` record.
+# - Attention modulation is a stronger rival here than in the paper: in a world of two nouns the words decide
+#   everything. First contact does not see what it does to the other objects; the column beside it does.
 # - Latents are rearranged pixels, without a 3-D autoencoder, so that no toy autoencoder blurs the contact.
 # - The base's captions contain the word *target* without meaning. A real T5 knows the word from language; the
 #   toy's must at least have seen it. Fine-tuning mixes the sentence form with the form used at test.
