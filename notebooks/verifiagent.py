@@ -191,33 +191,27 @@ class ActionError(ValueError):
     """The text holds no action that can be carried out; the message says why, and the model is told."""
 
 
-class Action:
-    """What the model wants done."""
-
-
 @dataclass(frozen=True)
-class PythonAction(Action):
+class ToolAction:
+    """Use a tool with this argument."""
+
+    argument: str
+
+
+class PythonAction(ToolAction):
     """Run a program with `solver()` and `ans = solver()`."""
 
-    argument: str
 
-
-@dataclass(frozen=True)
-class SearchAction(Action):
+class SearchAction(ToolAction):
     """Ask the search engine one question."""
 
-    argument: str
 
-
-@dataclass(frozen=True)
-class ProverAction(Action):
+class ProverAction(ToolAction):
     """Run a Z3 program with `main()` and `ans = main()`."""
 
-    argument: str
-
 
 @dataclass(frozen=True)
-class EvaluateAction(Action):
+class EvaluateAction:
     """The verdict."""
 
     correct: bool
@@ -257,7 +251,7 @@ def closing_bracket(text: str, start: int, strings: bool) -> int:
 
 
 # %%
-def parse_action(text: str) -> Action:
+def parse_action(text: str) -> ToolAction | EvaluateAction:
     """The first action of a reply; it stands at the beginning of a line, its argument in balanced brackets.
 
     Raises ActionError with the reason.
@@ -685,7 +679,7 @@ class Turn:
     """One round: what the agent said, the action taken from it, what was observed."""
 
     said: str
-    action: Action | None = None
+    action: ToolAction | EvaluateAction | None = None
     observed: str = ""
     status: str = ""
 
@@ -1496,9 +1490,10 @@ tables.grid(
 # check.
 # :::
 #
-# The `gpu` profile trains the larger of two sizes; the smaller one is committed for `smoke` and `cpu`. What a
-# backbone must be able to do before its verdicts mean anything stands in the competence gates: where one
-# fails, the claims are void, and the run shows that everything works and nothing about verification.
+# The `gpu` profile trains the larger of two sizes; the smaller one is committed for `smoke` and `cpu`
+# (`make_checkpoint` made it). What a backbone must be able to do before its verdicts mean anything stands in
+# the competence gates: where one fails, the claims are void, and the run shows that everything works and
+# nothing about verification.
 #
 # One detail of the training text matters. In a third of the agent's conversations the marks of its meta
 # report are wrong (and not learned): otherwise the model would read its verdict off its own marks and never
@@ -1772,6 +1767,14 @@ def train_backbone(size: dict, vocab: int, recipe: dict, seed: int, device: str)
     return model, tokenizer, pretrain(model, tokenizer, seed=seed, **recipe)
 
 
+def make_checkpoint(folder: str, device: str = "cpu", **recipe: Any) -> None:
+    """Train and save (float16) the committed backbone. recipe: changes of it, arguments of `pretrain`."""
+    recipe = dict(steps=4000, tokens=2048, lr=0.02) | recipe
+    model, tokenizer, _ = train_backbone(SMALL, 1024, recipe, 0, device)
+    model.half().cpu().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
 def pretrain_backbone(size: dict, vocab: int, recipe: dict, seed: int = 0) -> dict[str, Any]:
     """The backbone: trained here, or without recipe from the committed checkpoint. Weights in float16."""
     if recipe:
@@ -1784,6 +1787,7 @@ def pretrain_backbone(size: dict, vocab: int, recipe: dict, seed: int = 0) -> di
     return {"weights": kept, "tokenizer": tokenizer.backend_tokenizer.to_str(), "losses": np.array(losses)}
 
 
+# %%
 def backbone_of(saved: Mapping[str, Any], size: dict, batch: int, top: int = 5, seed: int = 0) -> LLM:
     """The backbone as a `readrun.llm` model on the run's device, float32."""
     tokenizer = as_tokenizer(Tokenizer.from_str(saved["tokenizer"]))
@@ -2053,27 +2057,28 @@ else:
 JOB = "import sympy\ndef solver():\n return int(sympy.Integer({n}) * 6 - 20)\nans = solver()"
 
 
-def per_second(count: int, work: Callable[[], Any]) -> tuple[float, Any]:
-    """(rate, result) of `work`, which does `count` things."""
-    began = time.perf_counter()
-    result = work()
-    return count / (time.perf_counter() - began), result
+def rates(repeats: int, **jobs: tuple[int, Callable[[], Any]]) -> dict[str, np.ndarray]:
+    """Things per second of each job (how many it does, the call that does them), in turn, (repeats,) each."""
+    speed = {name: np.zeros(repeats) for name in jobs}
+    for i, (name, (count, work)) in itertools.product(range(repeats), jobs.items()):
+        began = time.perf_counter()
+        work()
+        speed[name][i] = count / (time.perf_counter() - began)
+    return speed
 
 
 def time_sandbox(repeats: int, cold: int, warm: int) -> dict[str, Any]:
-    """Jobs per second with SymPy imported: a fresh interpreter each time, and the warmed sandbox."""
+    """Jobs per second with SymPy imported: the warmed sandbox, and a fresh interpreter each time."""
 
-    def fresh(n: int) -> int:
-        command = [sys.executable, "-I", "-c", JOB.format(n=n) + "\nprint(ans)"]
-        return int(subprocess.run(command, capture_output=True, check=True).stdout)
+    def ours(count: int) -> list[int]:
+        return [run_sandboxed(JOB.format(n=n)).value for n in range(count)]
 
-    run_sandboxed(JOB.format(n=1))
-    speed, wrong = {"warm": np.zeros(repeats), "cold": np.zeros(repeats)}, 0
-    for r in range(repeats):
-        ours = lambda r=r: [run_sandboxed(JOB.format(n=r + i)).value for i in range(warm)]  # noqa: E731
-        speed["warm"][r], got = per_second(warm, ours)
-        speed["cold"][r], right = per_second(cold, lambda r=r: [fresh(r + i) for i in range(cold)])
-        wrong += sum(a != b for a, b in zip(got, right, strict=False))
+    def fresh(count: int) -> list[int]:
+        commands = [[sys.executable, "-I", "-c", JOB.format(n=n) + "\nprint(ans)"] for n in range(count)]
+        return [int(subprocess.run(c, capture_output=True, check=True).stdout) for c in commands]
+
+    wrong = sum(a != b for a, b in zip(ours(repeats * cold), fresh(repeats * cold), strict=True))
+    speed = rates(repeats, warm=(warm, lambda: ours(warm)), cold=(cold, lambda: fresh(cold)))
     return speed | {"mismatches": wrong}
 
 
@@ -2088,11 +2093,8 @@ def time_loop(
     few = pairs[: max(2, loop // 64)]
     agent.verify_many(pairs)  # both warmed up
     single.verify(*pairs[0])
-    speed = {"batched": np.zeros(repeats), "one_by_one": np.zeros(repeats)}
-    for r in range(repeats):
-        speed["batched"][r], _ = per_second(len(pairs), lambda: agent.verify_many(pairs))
-        speed["one_by_one"][r], _ = per_second(len(few), lambda: [single.verify(*pair) for pair in few])
-    return speed
+    batched = (len(pairs), lambda: agent.verify_many(pairs))
+    return rates(repeats, batched=batched, one_by_one=(len(few), lambda: [single.verify(*p) for p in few]))
 
 
 # %%
@@ -2511,17 +2513,14 @@ tables.grid(
 # %% [markdown]
 # ## GPU experiment
 
-# %% tags=["hide-input"]
-if book:
-    display(tables.provenance(book), verifier_table(book), use_table(book))
-else:
-    print("The GPU run is not recorded yet; above is what this machine measured.")
-
 # %% tags=["figure", "hide-input"]
 if book:
+    display(tables.provenance(book), verifier_table(book), use_table(book))
     plots.show(draw_balanced(book), alt=f"Recorded run. {BALANCED_ALT}", caption=told(book, "Recorded:"))
     plots.show(draw_faults(book), alt=f"Recorded run. {FAULTS_ALT}", caption=told(book, "Recorded:"))
     plots.show(draw_scaling(book), alt=f"Recorded run. {SCALING_ALT}", caption=told(book, "Recorded:"))
+else:
+    print("The GPU run is not recorded yet; above is what this machine measured.")
 
 # %% [markdown]
 # ### Speed
@@ -2535,10 +2534,7 @@ for metric, ours, peer, name in (
     if metric in m:
         speed, other = (float(np.median(m[metric][arm])) for arm in (ours, peer))
         rows.append(bench.row(name, 1e3 / speed, "1/s", achieved=speed, peer=other))
-tables.bench(rows or [{"name": "not measured"}])
-
-# %% tags=["hide-input"]
-tables.compare_runs(book, here)
+display(tables.bench(rows or [{"name": "not measured"}]), tables.compare_runs(book, here))
 
 # %% [markdown]
 # ## Verdicts
@@ -2552,8 +2548,8 @@ tables.verdicts(shown)
 # %% [markdown]
 # ## Play
 #
-# Choose a kind and what is wrong with the solution, and read the verification. In the live notebook, edit the
-# solution in the cell below the pictures and run it.
+# Choose a kind and what is wrong with the solution, and read the verification. In the live notebook, put a
+# solution of your own into the cell below the pictures and run it.
 
 
 # %%
@@ -2659,9 +2655,8 @@ if run.checkpoint:
     own = run.unit(own_model, spec=run.checkpoint, engine=prover, turns=S.turns)
 else:
     committed, folder = readrun.asset("verifiagent/backbone"), run.folder / "own_model"
-    AutoModelForCausalLM.from_pretrained(committed, dtype=torch.float32).save_pretrained(
-        folder, max_shard_size="1MB"
-    )
+    model = AutoModelForCausalLM.from_pretrained(committed, dtype=torch.float32)
+    model.save_pretrained(folder, max_shard_size="1MB")
     AutoTokenizer.from_pretrained(committed).save_pretrained(folder)
     own = own_model(str(folder), prover, S.turns)
 tables.grid(own["rows"], f"prompts: {own['prompts']}; mean log-probability of 16 tokens: {own['logprob']}")
@@ -2701,8 +2696,10 @@ def tiny_server() -> Generator:
     """The `checkpoint` of such a server, while it runs."""
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), TinyServer) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"openai:tiny@http://127.0.0.1:{server.server_port}/v1"
-        server.shutdown()
+        try:
+            yield f"openai:tiny@http://127.0.0.1:{server.server_port}/v1"
+        finally:
+            server.shutdown()
 
 
 # %%
@@ -2715,24 +2712,6 @@ if importlib.util.find_spec("openai") and sandbox.report()["isolation"] != "none
     print(f"{served.usage.prompt_tokens} tokens read, {served.usage.completion_tokens} written")
 else:
     print("not shown here: needs the package openai (pip install openai) and a sandbox")
-
-# %% [markdown]
-# The committed backbone was made with the same definitions:
-#
-# ```
-# python -c "import readrun;
-# readrun.chapter('verifiagent').make_checkpoint('data/assets/verifiagent/backbone')"
-# ```
-
-
-# %%
-def make_checkpoint(folder: str, device: str = "cpu", **recipe: Any) -> None:
-    """Train and save (float16) the small backbone of `smoke` and `cpu`. recipe: changes, as of `pretrain`."""
-    recipe = dict(steps=4000, tokens=2048, lr=0.02) | recipe
-    model, tokenizer, _ = train_backbone(SMALL, 1024, recipe, 0, device)
-    model.half().cpu().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
 
 # %% [markdown]
 # ## Limits

@@ -10,6 +10,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+import sympy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from readrun import chapter, questions, sandbox
@@ -19,8 +20,12 @@ q = chapter("verifiagent")
 isolated = pytest.mark.skipif(sandbox.report()["isolation"] == "none", reason="no isolation on this machine")
 
 
-def observed(text: str):
-    return lambda argument: q.Observation(text)
+SEARCH = "Action: Use Search Engine[Who?]"
+
+
+def agent_of(script, *tools: str, **options):
+    """An agent that says what the script says; its tools observe "x"."""
+    return q.VerifiAgent(ScriptedLLM(script), {t: lambda _: q.Observation("x") for t in tools}, **options)
 
 
 # ---------------------------------------------------------------- parsers
@@ -110,7 +115,7 @@ def test_first_sub_token_of_the_verdict_decides() -> None:
     top[4] = [("In", -0.5), ("Cor", -1.5)]
     expected = pytest.approx(math.exp(-0.5) / (math.exp(-0.5) + math.exp(-1.5)))
     said = Reply("".join(tokens), tokens, logprobs, top)
-    assert q.VerifiAgent(ScriptedLLM([said]), {}).verify("Is it?", "x").v_score == expected
+    assert agent_of([said]).verify("Is it?", "x").v_score == expected
     assert q.vanilla_verify(ScriptedLLM([said]), "Is it?", "x").v_score == expected
     silent = Reply("Evaluate[Correct]")
     assert q.vanilla_verify(ScriptedLLM([silent]), "Is it?", "x").v_score is None
@@ -192,13 +197,8 @@ def test_programs_in_the_sandbox() -> None:
 
 @isolated
 def test_answers_cannot_attack() -> None:
-    for name in (
-        "class that lies",
-        "forged answer",
-        "terminal escape",
-        "leave before answering",
-        "huge text",
-    ):
+    names = "class that lies,forged answer,terminal escape,leave before answering,huge text"
+    for name in names.split(","):
         seen = q.PythonTool(1.0)(q.ANSWER_ATTACKS[name])
         assert len(seen.text) < 300 and seen.text.replace("\n", "").isprintable() and seen.text != "42", name
         assert q.PythonTool()("ans = str(6 * 7)").text == "42"
@@ -231,18 +231,14 @@ def test_search_scores_against_the_formula() -> None:
     texts = {f"{rnd.choice(words)} {i}": " ".join(rnd.choices(words, k=rnd.randint(2, 9))) for i in range(50)}
     index = q.Index(texts)
 
-    def bm25(column: list[str], query: list[str]) -> np.ndarray:
-        docs = [q.Index.words(t) for t in column]
-        mean, out = np.mean([len(d) for d in docs]), np.zeros(len(docs))
-        for t in query:
-            n = sum(t in d for d in docs)
-            idf = math.log(1 + (len(docs) - n + 0.5) / (n + 0.5))
-            for i, d in enumerate(docs):
-                f = d.count(t)
-                out[i] += idf * f / (f + 1.2 * (1 - 0.75 + 0.75 * len(d) / mean))
-        return out
+    def bm25(column, query: list[str]) -> np.ndarray:
+        docs = [q.Index.words(text) for text in column]
+        f = np.array([[d.count(t) for t in query] for d in docs])
+        n, length = (f > 0).sum(0), np.array([[len(d)] for d in docs])
+        weight = 1.2 * (1 - 0.75 + 0.75 * length / length.mean())
+        return (np.log(1 + (len(docs) - n + 0.5) / (n + 0.5)) * f / (f + weight)).sum(1)
 
-    expected = bm25(list(texts), ["red", "bird"]) + 0.5 * bm25(list(texts.values()), ["red", "bird"])
+    expected = bm25(texts, ["red", "bird"]) + 0.5 * bm25(texts.values(), ["red", "bird"])
     got = index.scores("What is a red bird?")
     keep = expected > 0
     ratio = got[keep] / expected[keep]
@@ -269,16 +265,10 @@ def perfect(messages) -> str:
     asked = messages[1]["content"]
     question, _, solution = asked.removeprefix("Question: ").partition("\nSolution:\n")
     candidate = WORLD[question, solution]
-    segments = q.agent_example(candidate, NoNoise())
+    quiet = types.SimpleNamespace(random=lambda: 0.99)  # no noisy example
+    segments = q.agent_example(candidate, quiet)
     turns = "".join(t for t, _ in segments).split("<|assistant|>")[1:]
     return turns[sum(m["role"] == "assistant" for m in messages)].split("<|end|>")[0]
-
-
-class NoNoise:
-    """A generator whose draws never make a noisy example."""
-
-    def random(self) -> float:
-        return 0.99
 
 
 WORLD: dict = {}
@@ -298,20 +288,16 @@ def test_a_perfect_agent_is_always_right() -> None:
 
 
 def test_a_malformed_agent_ends_without_a_verdict() -> None:
-    agent = q.VerifiAgent(ScriptedLLM(lambda messages: "hmm"), {})
-    verdict = agent.verify("Is it?", "Answer: True")
+    verdict = agent_of(lambda messages: "hmm").verify("Is it?", "Answer: True")
     assert verdict.correct is None and len(verdict.trace) == 2
-    forever = q.VerifiAgent(
-        ScriptedLLM(lambda m: "Action: Use Search Engine[Who?]"), {"search": observed("x")}, max_turns=4
-    )
-    assert forever.verify("Is it?", "Answer: True").correct is None
-    assert len(forever.verify("Is it?", "Answer: True").trace) == 4
+    forever = agent_of(lambda messages: SEARCH, "search", max_turns=4).verify("Is it?", "Answer: True")
+    assert forever.correct is None and len(forever.trace) == 4
 
 
 def test_one_bad_action_is_forgiven() -> None:
-    llm = ScriptedLLM(["no action", "Action: Evaluate[Correct]"])
-    assert q.VerifiAgent(llm, {}).verify("Is it?", "Answer: True").correct
-    assert "no action" in llm.requests[1].messages[-1]["content"]
+    agent = agent_of(["no action", "Action: Evaluate[Correct]"])
+    assert agent.verify("Is it?", "Answer: True").correct
+    assert "no action" in agent.llm.requests[1].messages[-1]["content"]
 
 
 def test_gate_stops_before_the_tools() -> None:
@@ -325,59 +311,43 @@ def test_gate_stops_before_the_tools() -> None:
 
 
 def test_a_missing_tool_leaves_the_prompt() -> None:
-    agent = q.VerifiAgent(
-        ScriptedLLM(["Action: Use Search Engine[Who?]"] * 2), {"python": observed("1")}, prompts="full"
-    )
-    assert "Search" not in agent.start("1?", "x")[0]["content"]
-    assert "Interpreter" in agent.start("1?", "x")[0]["content"]
+    agent = agent_of([SEARCH] * 2, "python", prompts="full")
+    prompt = agent.start("1?", "x")[0]["content"]
+    assert "Search" not in prompt and "Interpreter" in prompt
     verdict = agent.verify("1?", "x")
     assert verdict.correct is None and "no tool search" in verdict.trace[0].observed
-    assert q.VerifiAgent(ScriptedLLM([]), {"python": observed("")}, use_tools=False).tools == {}
+    assert agent_of([], "python", use_tools=False).tools == {}
 
 
 def test_poses_and_long_input() -> None:
     assert q.attack_prompts()["escapes"] == 0
-    agent = q.VerifiAgent(ScriptedLLM([]), {}, context=100)
+    agent = agent_of([], context=100)
     told = agent.start("Is it?", "a" * 500 + "b" * 500)[1]["content"]
     assert " … " in told and told.rstrip().endswith("b") and len(told) < 200
-    llm = ScriptedLLM(["Evaluate[Correct]"] * 2)
-    wide = q.VerifiAgent(llm, {}, context=9000)
-    assert not wide.verify("Is it?", "a" * 9000).cut and "a" * 9000 in llm.requests[0].messages[1]["content"]
+    wide = agent_of(["Evaluate[Correct]"] * 2, context=9000)
+    assert not wide.verify("Is it?", "a" * 9000).cut
+    assert "a" * 9000 in wide.llm.requests[0].messages[1]["content"]
     assert wide.verify("Is it?", "a" * 9001).cut
     for question, solution in (("", "x"), ("x", "  ")):
         with pytest.raises(ValueError, match="empty"):
             agent.start(question, solution)
     for bad in (dict(max_turns=0), dict(prompts="short")):
         with pytest.raises(ValueError, match="accepted"):
-            q.VerifiAgent(ScriptedLLM([]), {}, **bad)
+            agent_of([], **bad)
     with pytest.raises(ValueError, match="unknown"):
-        q.VerifiAgent(ScriptedLLM([]), {"oracle": observed("")})
+        agent_of([], "oracle")
 
 
 def test_endpoint_down_and_context_full() -> None:
     with pytest.raises(LLMError):
-        q.VerifiAgent(ScriptedLLM([LLMError("down")]), {}).verify("Is it?", "x")
-    script = ["Action: Use Search Engine[Who?]", LLMError("too long")]
-    verdict = q.VerifiAgent(ScriptedLLM(script), {"search": observed("x")}).verify("Is it?", "x")
+        agent_of([LLMError("down")]).verify("Is it?", "x")
+    verdict = agent_of([SEARCH, LLMError("too long")], "search").verify("Is it?", "x")
     assert verdict.correct is None and len(verdict.trace) == 1
 
 
-def test_batch_and_single_agree() -> None:
-    def script(m) -> str:
-        return f"Action: Evaluate[{'Correct' if 'yes' in m[1]['content'] else 'Incorrect'}]"
-
-    agent = q.VerifiAgent(ScriptedLLM(script), {})
-    pairs = [("Is it?", text) for text in ("yes", "no", "yes yes")]
-    assert [v.correct for v in agent.verify_many(pairs)] == [agent.verify(*p).correct for p in pairs]
-
-
 def test_usage_counts_every_turn() -> None:
-    script = [
-        Reply("Action: Use Search Engine[Who?]", usage=Usage(10, 3)),
-        Reply("Evaluate[Correct]", usage=Usage(20, 4)),
-    ]
-    verdict = q.VerifiAgent(ScriptedLLM(script), {"search": observed("x")}).verify("Is it?", "x")
-    assert verdict.usage == Usage(30, 7)
+    script = [Reply(SEARCH, usage=Usage(10, 3)), Reply("Evaluate[Correct]", usage=Usage(20, 4))]
+    assert agent_of(script, "search").verify("Is it?", "x").usage == Usage(30, 7)
 
 
 # ---------------------------------------------------------------- baselines
@@ -423,10 +393,6 @@ def test_deductive_sees_only_premises_and_backward_hides_the_number() -> None:
 )  # fmt: skip
 def test_same_answer(a, b, same) -> None:
     assert q.same_answer(a, b) is same and q.same_answer(b, a) is same
-
-
-def test_sympy_answers_are_compared() -> None:
-    sympy = pytest.importorskip("sympy")
     assert q.same_answer(sympy.Rational(1, 3), "1/3") and q.same_answer(sympy.Integer(4), "4")
 
 
@@ -503,16 +469,17 @@ def test_measures_against_scikit_learn(pairs) -> None:
     metrics = pytest.importorskip("sklearn.metrics")
     pred, true = zip(*pairs, strict=True)
     got = q.verification_metrics(pred, true)
-    assert got["acc"] == pytest.approx(metrics.accuracy_score(true, pred))
-    assert got["mcc"] == pytest.approx(metrics.matthews_corrcoef(true, pred))
+    expected = {"acc": metrics.accuracy_score(true, pred)}
     if len(set(true)) == 2:
-        assert got["balanced_acc"] == pytest.approx(metrics.balanced_accuracy_score(true, pred))
+        expected["mcc"] = metrics.matthews_corrcoef(true, pred)
+        expected["balanced_acc"] = metrics.balanced_accuracy_score(true, pred)
         values = q.balanced(np.equal(pred, true).astype(float), np.array(true))
         assert values.mean() == pytest.approx(got["balanced_acc"])
     if any(pred):
-        assert got["precision"] == pytest.approx(metrics.precision_score(true, pred))
+        expected["precision"] = metrics.precision_score(true, pred)
     if any(true):
-        assert got["recall"] == pytest.approx(metrics.recall_score(true, pred))
+        expected["recall"] = metrics.recall_score(true, pred)
+    assert {name: got[name] for name in expected} == pytest.approx(expected)
 
 
 def test_no_verdict_counts_as_incorrect() -> None:
