@@ -1805,8 +1805,8 @@ def total(usage: Usage, first: Usage | None = None) -> int:
 
 # %%
 backbone = run.unit(pretrain_backbone, size=S.size, vocab=S.vocab, recipe=S.backbone)
-BACKBONE = backbone_of(backbone, S.size, 1).name if backbone.done else ""
-loss = f"; last training loss {backbone['losses'][-50:].mean():.3f}" if S.backbone and BACKBONE else ""
+BACKBONE = backbone_of(backbone, S.size, 1).name if backbone.done else "no backbone"
+loss = f"; last training loss {backbone['losses'][-50:].mean():.3f}" if S.backbone and backbone.done else ""
 print(f"{BACKBONE}, vocabulary {S.vocab}{loss}")
 
 # %% [markdown]
@@ -1953,7 +1953,7 @@ def give_feedback(saved, size: dict, items: int, batch: int, drawn, judged, upto
 
 # %%
 mended = None
-if unit := judged.get(("sampled", "verifiagent", first)):
+if (unit := judged.get(("sampled", "verifiagent", first))) is not None:
     mended = run.unit(give_feedback, drawn=drawn[first], judged=unit, upto=S.samples, **common)
 
 # %% [markdown]
@@ -2270,8 +2270,7 @@ def gather_rest(metrics: dict, arrays: dict) -> None:
     if timed["loop"].done:
         metrics["items_per_second"] = {arm: timed["loop"][arm].tolist() for arm in ("batched", "one_by_one")}
     traced = judged["injected", "verifiagent", first]
-    engine = traced["engine"] if traced.done else ""
-    arrays["backbone"] = np.array([f"{BACKBONE}, prover {engine}"])
+    arrays["backbone"] = np.array([BACKBONE + (f", prover {traced['engine']}" if traced.done else "")])
     if traced.done:
         arrays["traces"] = np.array([json.dumps(pick_trace(traced["traces"], k)) for k in KINDS])
 
@@ -2336,6 +2335,11 @@ ARM_NAMES = {
 }  # fmt: skip
 
 
+def told(results, text: str) -> str:
+    """Caption of a figure: what it shows, and whose numbers."""
+    return f"{text} {results.profile}, {results.arrays['backbone'][0]}."
+
+
 def verifier_table(results):
     """One row per verifier, constants first: sampled solutions of three types, or injected where none are."""
     source = "sampled" if "truth/sampled" in results.arrays else "injected"
@@ -2357,8 +2361,8 @@ def verifier_table(results):
             row["tokens"] = float(results.arrays[f"cost/{source}/{arm}"])
             row["p (McNemar)"] = mcnemar(ours, (verdicts == 1) == truth)
         rows.append(row)
-    caption = f"{source} solutions, three types pooled; {results.profile}, {results.arrays['backbone'][0]}. "
-    return tables.grid(rows, caption=caption + "p: against VerifiAgent, over candidates.")
+    words = f"{source.capitalize()} solutions, three types pooled; p: against VerifiAgent, over candidates."
+    return tables.grid(rows, caption=told(results, words))
 
 
 verifier_table(here)
@@ -2396,11 +2400,6 @@ BALANCED_ALT = (
     "commonsense and hybrid questions, with intervals; dotted lines at 0.5 for the constant verdict and at 1 "
     "for an oracle."
 )
-
-
-def told(results, text: str) -> str:
-    """Caption of a figure: what it shows, and whose numbers."""
-    return f"{text} {results.profile}, {results.arrays['backbone'][0]}."
 
 
 plots.show(draw_balanced(here), alt=f"This run. {BALANCED_ALT}", caption=told(here, "Bars: 95 %."))
@@ -2553,6 +2552,9 @@ tables.verdicts(shown)
 
 
 # %%
+playable = backbone.done and sandbox.report()["isolation"] != "none"
+
+
 def play_item(kind: str, fault: str) -> Candidate:
     """A test question with the wanted fault, or with a wrong final line where the kind has no such fault."""
     rng, items = np.random.default_rng(5), make_items(kind, 30, 3)
@@ -2588,7 +2590,6 @@ def draw_play(kind: str, fault: str):
 
 FAULTY = ["none", "wrong_final_line", "missing_answer", "skipped_step"]
 GRID = {"kind": list(TYPES), "fault": FAULTY[: S.play]}
-playable = backbone.done and sandbox.report()["isolation"] != "none"
 if playable:
     picker.live(draw_play, GRID)
     display(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import random
 import types
@@ -15,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from readrun import chapter, questions, sandbox
 from readrun.llm import LLMError, Reply, ScriptedLLM, Usage
+from whole_script import run_script
 
 q = chapter("verifiagent")
 isolated = pytest.mark.skipif(sandbox.report()["isolation"] == "none", reason="no isolation on this machine")
@@ -51,7 +53,7 @@ def test_action_round_trip(program) -> None:
 
 
 @given(st.lists(st.one_of(st.text(max_size=40), st.sampled_from(q.POSES)), max_size=4).map("\n".join))
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=100)
 def test_garbage_never_crashes(text) -> None:
     q.parse_meta(text)
     for candidate in (text, f"Action: Use Theorem Prover[{text}"):
@@ -524,8 +526,15 @@ def tiny(folder, seed: int = 0) -> str:
 
 @isolated
 def test_own_checkpoints_run_and_differ(tmp_path, monkeypatch) -> None:
+    """The whole notebook on two checkpoints, rendered from what units there are; then wrong ones."""
     monkeypatch.setattr(q, "run", types.SimpleNamespace(device="cpu"), raising=False)
-    found = [q.own_model(tiny(tmp_path / str(seed), seed), "truth_table", 2) for seed in (0, 1)]
+    found = []
+    for name in "01":
+        folder = tiny(tmp_path / name, int(name))
+        how = dict(profile="smoke", only="own_model*", checkpoint=folder, out=str(tmp_path / f"run{name}"))
+        run_script("verifiagent", monkeypatch, figures=False, **how)
+        (unit,) = (tmp_path / f"run{name}" / "units").glob("own_model-*/result.json")
+        found.append(json.loads(unit.read_text()))
     assert found[0]["prompts"] == "terse" and len(found[0]["rows"]) == 6
     assert found[0]["logprob"] != found[1]["logprob"]
     (tmp_path / "0" / "config.json").unlink()
