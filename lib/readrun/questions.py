@@ -1,8 +1,7 @@
 """Questions with exact answers and gold solutions, in a training and a test half that share nothing.
 
     from readrun import questions
-    item = questions.make_items("logic", 1, seed=0)[0]
-    item.question, item.answer, item.steps, item.program
+    questions.make_items("logic", 1, seed=0)[0].question
 
 math         word problems of two to four operations; the halves differ in the numbers
 logic        premises about an invented person, a hypothesis that is True, False or Uncertain by trying every
@@ -10,8 +9,7 @@ logic        premises about an invented person, a hypothesis that is True, False
 commonsense  "is every x a y?" over one to three hypernym steps of WordNet, false targets being siblings at
              equal depth; the halves are different subtrees
 hybrid       such a fact selects the number that a computation starts from
-`ood` asks the same in words that no other question uses.
-"""
+`ood` asks the same in words that no other question uses."""
 
 from __future__ import annotations
 
@@ -56,9 +54,8 @@ class Item:
     """A question with its exact answer, gold lines, and what would find it.
 
     kind: one of KINDS. steps: gold solution lines without the answer line. program: for Python or (logic) a
-    theorem prover that knows `check_constraint`. searches: names to look up. extra: what the question was
-    made of: math (steps, values), logic (premises, atom), commonsense (chain, target), hybrid (chain,
-    target, numbers).
+    theorem prover that knows `check_constraint`. searches: names to look up. extra: what it was made of: math
+    (steps, values), logic (premises, atom), commonsense (chain, target), hybrid (chain, target, numbers).
     """
 
     kind: str
@@ -82,7 +79,7 @@ def draw_until(make: Callable[[], Any]) -> Any:
     for _ in range(10_000):
         if (found := make()) is not None:
             return found
-    raise RuntimeError("no question of the wanted kind was found: the pool is too small")
+    raise RuntimeError("nothing of the wanted kind was found: the pool is too small")
 
 
 # (question, paraphrase, objective, parameters (low, high), rule between them, steps; r1, r2 are results)
@@ -162,8 +159,6 @@ def make_math(rng: np.random.Generator, test: bool, ood: bool = False) -> Item:
     return draw_until(attempt)
 
 
-# ---------------------------------------------------------------- logic
-
 ADJECTIVES = (
     "kind calm tall brave quick loud soft green round sharp heavy bright cold sweet young proud rough shy"
     " warm wild plain rich bitter clever dull eager faint gentle happy hollow lazy neat odd polite quiet rare"
@@ -211,9 +206,8 @@ def clauses_of(premise: tuple) -> list[tuple[Literal, Literal]]:
     if not q:
         return []
     flip = lambda x: (x[0], not x[1])  # noqa: E731
-    if kind == "all":
-        return [(p, q[0]), (flip(q[0]), flip(p))]
-    return [(p, flip(q[0])), (flip(p), q[0]), (q[0], flip(p)), (flip(q[0]), p)]
+    xor = [(p, flip(q[0])), (flip(p), q[0]), (q[0], flip(p)), (flip(q[0]), p)]
+    return xor if kind == "xor" else [(p, q[0]), (flip(q[0]), flip(p))]
 
 
 def derive(premises: Sequence[tuple], atom: str) -> list[tuple[Literal, Literal]] | None:
@@ -262,12 +256,11 @@ def make_logic(rng: np.random.Generator, test: bool, ood: bool = False) -> Item:
 def logic_item(premises: Sequence[tuple], atom: str, name: str, label: str, chain: list, ood: bool) -> Item:
     """Text, gold lines and program of a logic question."""
     said = lambda kind, *parts: SENTENCES[kind][ood].format(*(literal(*p) for p in parts), name=name)  # noqa: E731
-    told = " ".join(said(*premise) for premise in premises)
     asked = f"Does it follow that {name} is {atom}?" if ood else f"Is {name} {atom}?"
     steps = [f"{literal(*p)} gives {literal(*q)}" for p, q in chain] or [f"nothing decides {atom}"]
     fact = next(literal(*p[1]) for p in premises if p[0] == "fact")
-    return Item("logic", f"{told} {asked}", label, tuple(steps), fact, atom, z3_program(premises, atom),
-                extra=(tuple(premises), atom))  # fmt: skip
+    question, program = " ".join([*(said(*p) for p in premises), asked]), z3_program(premises, atom)
+    return Item("logic", question, label, tuple(steps), fact, atom, program, (), (tuple(premises), atom))
 
 
 UNWANTED = re.compile(  # drugs, arms, sex, punishment: nothing that a question needs
@@ -285,10 +278,9 @@ class Taxonomy:
     True for the test's half, False for training's, None above the cut}; names of each half, sorted.
     """
 
-    TOPICS = ("noun.animal", "noun.plant", "noun.food", "noun.artifact")
-
     def __init__(self) -> None:
-        found = [s for topic in self.TOPICS for s in wordnet.all_synsets(topic) if not s.is_instance]
+        topics = ("noun.animal", "noun.plant", "noun.food", "noun.artifact")
+        found = [s for topic in topics for s in wordnet.all_synsets(topic) if not s.is_instance]
         count = collections.Counter(s.lemmas[0] for s in found)
         clear = re.compile(r"(?=.{3,15}$)[a-z]+( [a-z]+)?")
         kept = {s for s in found if count[s.lemmas[0]] == 1 and clear.fullmatch(s.lemmas[0]) and s.hypernyms}
@@ -304,10 +296,10 @@ class Taxonomy:
 
     @staticmethod
     def _half(synset: Any) -> bool | None:
-        path = [synset]
-        while path[-1].hypernyms:
-            path.append(path[-1].hypernyms[0])
-        names = [s.lemmas[0] for s in path[::-1]]
+        names = [synset.lemmas[0]]
+        while synset.hypernyms:
+            synset = synset.hypernyms[0]
+            names.insert(0, synset.lemmas[0])
         at = 9 if "organism" in names else 6
         return stable(names[at]) == 0 if len(names) > at else None
 
@@ -334,11 +326,10 @@ def is_a(chain: Sequence[str]) -> list[str]:
 
 def climb(tax: Taxonomy, name: str, target: str) -> tuple[str, ...]:
     """Names that a perfect agent looks up: the hypernyms until the target is found, at most three."""
-    seen: list[str] = []
+    seen: tuple[str, ...] = ()
     while len(seen) < 3 and name != target and name in tax.up:
-        seen.append(name)
-        name = tax.up[name]
-    return tuple(seen)
+        seen, name = (*seen, name), tax.up[name]
+    return seen
 
 
 def siblings(tax: Taxonomy, chain: Sequence[str]) -> list[str]:
@@ -384,8 +375,9 @@ def make_hybrid(rng: np.random.Generator, test: bool, ood: bool = False) -> Item
         chain, target = fact_chain(rng, test, hops)
         a, b, c, d = (int(x) for x in rng.integers((10, 10, 2, 2), (40, 40, 7, 30)))
     n, what = a if chain[-1] == target else b, article(target)
-    text = f"Take {a} if every {chain[0]} is {what}, else {b}. Multiply by {c} and add {d}."
-    text += " What is the result?"
+    text = (
+        f"Take {a} if every {chain[0]} is {what}, else {b}. Multiply by {c} and add {d}. What is the result?"
+    )
     if ood:
         text = f"What is {c} times n, plus {d}? Here n is {a} when {article(chain[0])} is {what}, or {b}."
     lines, answer = hybrid_steps(n, c, d)
