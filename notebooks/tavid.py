@@ -1437,7 +1437,7 @@ def bench_step(cost: dict[str, Any]) -> dict[str, Any]:
     names = ["to_q", "to_k", "to_v", "to_out.0"]
     net.add_adapter(LoraConfig(r=4 if cost["tiny"] else 128, lora_alpha=64, target_modules=names))
     net.patch_embed.proj.requires_grad_(True)
-    net.enable_gradient_checkpointing()
+    net.to(dtype).enable_gradient_checkpointing()  # LoRA too: in float32 it would slow the plain step
     net.train()
     install(net)
     states, text, t = big_inputs(config, device, dtype)
@@ -1520,8 +1520,11 @@ def bench_map(cost: dict[str, Any]) -> dict[str, Any]:
              "attention": lambda: F.scaled_dot_product_attention(q, k, k)}  # fmt: skip
     out: dict[str, Any] = {"matrix_gib": heads * n * n * q.element_size() / 2**30}
     for name, call in calls.items():
-        found = clock.time(call, warmup=cost["warmup"], repeat=max(3, cost["repeats"]), device=device)
-        out |= {f"ms_{name}": found.median_ms, f"gib_{name}": clock.peak_memory(call, device) / 2**30}
+        try:
+            found = clock.time(call, warmup=cost["warmup"], repeat=max(3, cost["repeats"]), device=device)
+            out |= {f"ms_{name}": found.median_ms, f"gib_{name}": clock.peak_memory(call, device) / 2**30}
+        except torch.OutOfMemoryError:  # the whole matrix, on a smaller GPU
+            out |= {f"ms_{name}": math.inf, f"gib_{name}": 2 * out["matrix_gib"]}
     exact = explicit(torch.float32)
     out["error"] = float(abs(calls["one_hot"]().float() - exact).max() / exact.max())
     return out | {"spread": float(exact.max() / exact.median())}
