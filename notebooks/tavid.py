@@ -122,7 +122,7 @@ S = run.settings(
         model=dict(hidden=128, depth=4, heads=4, time_embed_dim=64, patch_size=1),
         base=dict(steps=2, batch=4, lr=2e-3, pool=0), arms=["ours", "channel"], curve=[8], points=2,
         tune=dict(steps=2, batch=4, rank=8), rates=[8e-3], test=dict(scenes=4, plain=2, ring=0, steps=2),
-        check=24, guidance=2.0, strengths=[5.0], show=2, cost=dict(tiny=True, repeats=3, warmup=1),
+        check=24, guidance=2.0, strengths=[5.0], show=1, cost=dict(tiny=True, repeats=3, warmup=1),
     ),
     cpu=dict(
         seeds=1, size=24, frames=4, k=2, committed=True,
@@ -1947,7 +1947,7 @@ def draw_choice(scene: int, method: str, target: str):
     return strip(shown, method, index, f"{method}, target: {target} look-alike")
 
 
-GRID = {"scene": [1, 2], "method": ["ours", "channel", "base", "modulation"],
+GRID = {"scene": list(range(1, S.show + 1)), "method": ["ours", "channel", "base", "modulation"],
         "target": ["first", "second", "third"]}  # fmt: skip
 picker.live(draw_choice, GRID)
 picker.picker(
