@@ -210,9 +210,7 @@ def test_no_traces_of_a_machine(slug: str) -> None:
         "None",
     }
     own = {trace for trace in own if len(trace) > 3}
-    pattern = "|".join(
-        [r"/home/\w", r"/Users/\w", r"/root/", r"/tmp/\w", r"\w:\\\\?Users", *map(re.escape, sorted(own))]
-    )
+    pattern = "|".join([r"/(?:home|Users|root|tmp)/", r"\w:\\\\?Users", *map(re.escape, sorted(own))])
     files = [
         paths.notebook(slug),
         paths.notebook(slug).with_suffix(".ipynb"),

@@ -9,34 +9,25 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import Cache, StaticLayer
+from transformers.cache_utils import Cache
+
+from readrun import decode
 
 
-class SlotLayer(StaticLayer):
-    """Keys and values that a layer holds of a text, in a longer buffer; a step writes at `slot`."""
-
-    keys: Tensor
-    values: Tensor
-
-    def __init__(self, layer: Any, length: int, slot: Tensor) -> None:
-        super().__init__(max_cache_len=length)
-        pad = (0, 0, 0, length - layer.keys.shape[2])
-        self.keys, self.values = (torch.nn.functional.pad(x, pad) for x in (layer.keys, layer.values))
-        self.slot, self.is_initialized = slot, True
-
-    def update(self, key_states: Tensor, value_states: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-        """All keys and values, with those (1, heads, 1, dim) of the step."""
-        keys, values = self.keys, self.values
-        return keys.index_copy_(2, self.slot, key_states), values.index_copy_(2, self.slot, value_states)
-
-    def get_seq_length(self, *_: object) -> int:
-        return 0  # positions and masks are always given
+def slot_layer(layer: Any, length: int, slot: Tensor) -> decode._Layer:
+    """Keys and values that a layer holds of a text, in a buffer of `length`; a step writes at `slot` (1,)."""
+    made = decode._Layer(SimpleNamespace(length=length, copies=1, slot=slot))
+    pad = (0, 0, 0, length - layer.keys.shape[2])
+    made.keys, made.values = (torch.nn.functional.pad(x, pad) for x in (layer.keys, layer.values))
+    made.is_initialized = True
+    return made
 
 
 class CachedStep:
@@ -51,7 +42,7 @@ class CachedStep:
         length = -(-(ids.shape[1] + 1) // 8) * 8  # attention kernels want masks of a multiple of 8
         self.slot, text = torch.tensor([ids.shape[1]], device=device), DynamicCache()
         model(input_ids=ids, past_key_values=text, use_cache=True)
-        self.cache = Cache(layers=[SlotLayer(layer, length, self.slot) for layer in text.layers])
+        self.cache = Cache(layers=[slot_layer(layer, length, self.slot) for layer in text.layers])
         self.token = torch.zeros(1, 1, dtype=torch.long, device=device)
         hidden = (torch.arange(length, device=device) > self.slot).view(1, 1, 1, length)
         self.mask = torch.zeros(hidden.shape, dtype=kind, device=device)

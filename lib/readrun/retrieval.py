@@ -14,16 +14,16 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from readrun import train
 
 
 def pad_rows(rows: Sequence[Sequence[int]], pad: int, device: Any = "cpu") -> tuple[Tensor, Tensor]:
     """(ids, attention_mask), both (B, longest) long, of rows padded behind."""
-    width = max(map(len, rows))
-    ids = torch.tensor([[*row, *[pad] * (width - len(row))] for row in rows])
-    mask = (torch.arange(width) < torch.tensor([len(row) for row in rows])[:, None]).long()
-    return ids.to(device), mask.to(device)
+    parts = [torch.tensor(row, dtype=torch.long, device=device) for row in rows]
+    mask = pad_sequence([torch.ones_like(part) for part in parts], batch_first=True)
+    return pad_sequence(parts, batch_first=True, padding_value=pad), mask
 
 
 def unit_rows(vectors: Tensor) -> Tensor:
