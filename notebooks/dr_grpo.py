@@ -137,7 +137,7 @@ S = run.settings(
         evaluate=dict(questions=8, samples=4, hard_terms=[3, 3]),
         exact=dict(tables=3, group_size=4),
         difficulty=dict(questions=8, samples=40, steps=1, bins=2),
-        speed=dict(repeats=3, inner=1, batch=8, new_tokens=8, wide_batch=16, wide=[64, 2]),
+        speed=dict(repeats=3, inner=1, rows=16, batch=8, new_tokens=8, wide_batch=16, wide=[64, 2]),
         logps=dict(repeats=3, tokens=64, hidden=32, vocab=500, chunk=16),
         play=dict(group_size=[8], accuracy=[0.25], lr=[0.02, 0.08]),
     ),
@@ -150,7 +150,9 @@ S = run.settings(
         evaluate=dict(questions=128, samples=4, hard_terms=[3, 3]),
         exact=dict(tables=20, group_size=8),
         difficulty=dict(questions=32, samples=80, steps=0, bins=3),
-        speed=dict(repeats=3, inner=1, batch=64, new_tokens=32, wide_batch=64, wide=[64, 2]),
+        speed=dict(
+            repeats=3, inner=1, rows=128, batch=64, new_tokens=32, wide_batch=64, wide=[64, 2]
+        ),
         logps=dict(repeats=5, tokens=512, hidden=64, vocab=2000, chunk=64),
         play=dict(group_size=[4, 16], accuracy=[0.25, 0.6], lr=[0.02, 0.08]),
     ),
@@ -164,8 +166,10 @@ S = run.settings(
         evaluate=dict(questions=512, samples=8, hard_terms=[5, 5]),
         exact=dict(tables=20, group_size=8),
         difficulty=dict(questions=96, samples=1280, steps=40, bins=6),
-        speed=dict(repeats=15, inner=5, batch=256, new_tokens=192, wide_batch=1024, wide=[384, 6]),
-        logps=dict(repeats=15, tokens=24000, hidden=1536, vocab=151936, chunk=2048),
+        speed=dict(
+            repeats=15, inner=5, rows=2048, batch=256, new_tokens=192, wide_batch=1024, wide=[384, 6]
+        ),
+        logps=dict(repeats=15, tokens=24000, hidden=1536, vocab=151936, chunk=1024),
         play=dict(group_size=[4, 16], accuracy=[0.25, 0.6], lr=[0.02, 0.08]),
     ),
 )  # fmt: skip
@@ -1408,9 +1412,12 @@ def seconds_of(function: Callable, *arguments) -> float:
 
 
 def bench_objectives(base, size: dict, rl: dict, speed: dict) -> dict[str, Any]:
-    """Milliseconds of one update pass per objective, interleaved; "rollout": sampling and scoring a round."""
+    """Milliseconds of one update pass per objective, interleaved; "rollout": sampling and scoring a round.
+
+    A round has speed["rows"] responses, so many that a GPU and not the host decides how long an update takes.
+    """
     model, tokenizer = policy_of(base, size)
-    shape = rl["group_size"], rl["rollouts"], rl["budget"]
+    shape = rl["group_size"], speed["rows"], rl["budget"]
     asked = questions_of(range(shape[1] // shape[0]), rl["terms"])
     decoder = decoder_for(model, tokenizer, asked, *shape)
     sample_round = lambda: collect(model, tokenizer, asked, shape[0], shape[2], torch.Generator(), decoder)  # noqa: E731
