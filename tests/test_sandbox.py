@@ -21,7 +21,7 @@ from pathlib import Path
 import psutil
 import pytest
 import readrun
-from readrun import sandbox, sandbox_box, sandbox_inside, tables
+from readrun import paths, sandbox, sandbox_box, sandbox_inside, tables
 from readrun.sandbox import Limits, Policy, SandboxUnavailable, run
 from readrun.sandbox_attacks import ATTACKS, attempt, control
 from readrun.sandbox_files import copy_files, printable
@@ -201,7 +201,7 @@ def test_the_jobs_environment_is_what_the_policy_says(backend, monkeypatch):
 
 
 def test_the_table_of_the_book_is_about_these_attacks():
-    found = json.loads(readrun.asset("shared/sandbox.json").read_text(encoding="utf-8"))
+    found = json.loads((paths.data() / "results/sandbox.json").read_text(encoding="utf-8"))
     assert [row["attack"] for row in found["attacks"]] == [attack.name for attack in ATTACKS]
     for row in found["attacks"]:
         assert row["outside"] == "harm" and set(row) == {"attack", "kind", "outside", *BACKENDS}

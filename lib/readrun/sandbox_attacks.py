@@ -271,7 +271,7 @@ def timings(repeats: int = 30) -> list[dict[str, Any]]:
 
 
 def write() -> int:
-    """Write data/assets/shared/sandbox.json; returns how many attacks were not contained."""
+    """Write data/results/sandbox.json; returns how many attacks were not contained."""
     rows = table()
     found: dict[str, Any] = {
         "recorded": time.strftime("%Y-%m-%d", time.gmtime()),
@@ -279,9 +279,7 @@ def write() -> int:
     }
     found |= {"attacks": rows, "timings": timings()}
     text = json.dumps(found, indent=1) + "\n"
-    paths.write_atomic(paths.assets("shared") / "sandbox.json", text)
-    how = "python -m readrun.sandbox_attacks"
-    paths.write_manifest("shared", "measured by this project", "CC-BY-4.0", how)
+    paths.write_atomic(paths.data() / "results/sandbox.json", text)
     return sum("not contained" in text for row in rows for text in row.values())
 
 

@@ -151,7 +151,7 @@ def sandbox() -> Any:
     """What became of each attack on the sandbox, and what a job costs: the committed measurement."""
     import json
 
-    found = json.loads(paths.asset("shared/sandbox.json").read_text(encoding="utf-8"))
+    found = json.loads((paths.data() / "results/sandbox.json").read_text(encoding="utf-8"))
     told = f"Measured on {found['recorded']}, Linux {found['kernel']}, {len(found['attacks'])} attacks."
     rows = [
         {key.replace("namespaces", "own namespaces"): row[key] for key in row} for row in found["attacks"]
