@@ -20,7 +20,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-import readrun
 from readrun import paths, sandbox, sandbox_box, sandbox_inside, tables
 from readrun.sandbox import Limits, Policy, SandboxUnavailable, run
 from readrun.sandbox_attacks import ATTACKS, attempt, control
