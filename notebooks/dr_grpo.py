@@ -72,12 +72,14 @@ from readrun.decode import Rollout
 from readrun.rl import group_advantages, policy_loss
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    AttentionInterface,
     AutoModelForCausalLM,
     AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils.logging import disable_progress_bar
 
 run = readrun.start(
@@ -1438,21 +1440,64 @@ def bench_objectives(base, size: dict, rl: dict, speed: dict) -> dict[str, Any]:
     return {name: np.array(values) for name, values in out.items()}
 
 
+# %% [markdown]
+# A captured step spares the host; what remains is the GPU's own time. At batch 1024 the profiler finds 60 %
+# of it in attention: kernels made for many queries per row, fed one. For one query attention is a dot product
+# and a weighted sum, each a single pass over the cache. Written so, the whole step goes to `torch.compile`,
+# which also merges the many small element-wise kernels.
+
+
 # %%
+def one_query(module, query, key, value, attention_mask, scaling, **options):
+    """Attention as `transformers` calls it; one query per row as two reductions over the cache.
+
+    query (batch, heads, 1, d); key, value (batch, key heads, length, d); attention_mask (batch, 1, 1, length)
+    is added to the scores; sums in float32 or better. More queries (prompts) go to SDPA.
+    Returns (batch, 1, heads, d) and no weights.
+    """
+    if query.shape[2] > 1:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
+    wide = torch.promote_types(query.dtype, torch.float32)
+    query = query.unflatten(1, (key.shape[1], -1)).to(wide)  # (batch, key heads, group, 1, d)
+    scores = scaling * (query * key[:, :, None].to(wide)).sum(-1) + attention_mask.to(wide)
+    mixed = (scores.softmax(-1)[..., None] * value[:, :, None].to(wide)).sum(-2)
+    return mixed.flatten(1, 2).to(value.dtype)[:, None], None
+
+
+def compiled_step(model, backend: str = "inductor"):
+    """A copy of `model` for `decode.Decoder` whose one-token forward pass is compiled, with `one_query`."""
+    AttentionInterface.register("one_query", one_query)
+    model = copy.deepcopy(model)
+    model.config._attn_implementation = "one_query"
+    prompts, step = model.forward, torch.compile(model.forward, dynamic=False, backend=backend)
+
+    def forward(input_ids, **given):
+        # only the step: its second call finds all as the first left it, so capturing compiles nothing
+        return (step if input_ids.shape[1] == 1 else prompts)(input_ids=input_ids, **given)
+
+    model.forward = forward
+    return model
+
+
 def rollout_speed(model, prompts: list[list[int]], new_tokens: int, repeats: int) -> dict[str, np.ndarray]:
     """Tokens per second of the captured step and of `generate`, same prompts, full budget, taking turns.
 
-    Both in bfloat16 on a GPU (float32 on a CPU); "generate_float32" is the peer in float32, maybe faster.
+    Both in bfloat16 on a GPU (float32 on a CPU). "captured" is, on a GPU, of a `compiled_step`;
+    "captured_uncompiled" is not; "generate_float32" is the peer in float32, maybe faster.
     "limit": one value, the step that only reads weights and cache, once each, at the measured copy bandwidth.
     """
     never = model.config.vocab_size  # a token that does not exist: no row ends early on either side
     kind = torch.bfloat16 if run.device == "cuda" else torch.float32
     half = copy.deepcopy(model).to(kind)
-    decoder = decode.Decoder(half, len(prompts), len(prompts[0]), new_tokens, eos_id=never, pad_id=0)
+    sizes, made = (len(prompts), len(prompts[0]), new_tokens), dict(eos_id=never, pad_id=0)
+    # a CPU may lack the compiler, and shows no gain at these sizes
+    fast = decode.Decoder(compiled_step(half) if run.device == "cuda" else half, *sizes, **made)
+    plain = decode.Decoder(half, *sizes, **made)
     ids = torch.tensor(prompts, device=run.device)
     options = dict(max_new_tokens=new_tokens, do_sample=True, top_k=0, eos_token_id=None, pad_token_id=0)
     arms = {
-        "captured": lambda: decoder.generate(prompts),
+        "captured": lambda: fast.generate(prompts),
+        "captured_uncompiled": lambda: plain.generate(prompts),
         "generate": lambda: half.generate(ids, attention_mask=torch.ones_like(ids), **options),
         "generate_float32": lambda: model.generate(ids, attention_mask=torch.ones_like(ids), **options),
     }
@@ -1460,7 +1505,7 @@ def rollout_speed(model, prompts: list[list[int]], new_tokens: int, repeats: int
     for i in range(repeats + 1):
         for name, call in arms.items():
             rate = len(prompts) * new_tokens / seconds_of(call)
-            out[name] += [rate] if i else []  # the first round warms up and captures
+            out[name] += [rate] if i else []  # the first round warms up, compiles and captures
     cache = 2 * model.config.num_hidden_layers * model.config.hidden_size * (len(prompts[0]) + new_tokens / 2)
     read = kind.itemsize * (model.num_parameters() + len(prompts) * cache)
     out["limit"] = [len(prompts) * 1e9 * bench.ceilings(run.device, kind)["copy_gb_s"] / read]
@@ -1468,19 +1513,28 @@ def rollout_speed(model, prompts: list[list[int]], new_tokens: int, repeats: int
 
 
 # %%
+def differing(model, decoder_of: Callable, prompts: list[list[int]], new_tokens: int) -> int:
+    """Greedy tokens of `generate` that a decoder on `decoder_of(model)` does not choose."""
+    ids, end = torch.tensor(prompts, device=run.device), model.generation_config.eos_token_id
+    greedy = dict(max_new_tokens=new_tokens, do_sample=False)
+    theirs = model.generate(ids, attention_mask=torch.ones_like(ids), **greedy)[:, len(prompts[0]) :]
+    ends = completion_mask(theirs, end).sum(1).tolist()
+    theirs = [row[:end] for row, end in zip(theirs.tolist(), ends, strict=True)]
+    ours = sample_group(decoder_of(model), prompts, 1, new_tokens, temperature=0.0).completions
+    pairs = [pair for rows in zip(theirs, ours, strict=True) for pair in itertools.zip_longest(*rows)]
+    return sum(a != b for a, b in pairs)
+
+
 def bench_rollouts(base, size: dict, shape: dict) -> dict[str, Any]:
     """Sampling speed on the chapter's model and on a 10.7 M parameter Llama; greedy tokens that differ."""
     model, tokenizer = policy_of(base, size)
     prompts = tokenizer([q.prompt for q in questions_of(range(shape["batch"]), [2, 2])]).input_ids
     repeats = min(4, shape["repeats"])
     out = {f"own__{k}": v for k, v in rollout_speed(model, prompts, shape["new_tokens"], repeats).items()}
-    greedy = dict(max_new_tokens=shape["new_tokens"], do_sample=False)
-    ids = torch.tensor(prompts, device=run.device)
-    theirs = model.generate(ids, attention_mask=torch.ones_like(ids), **greedy)[:, len(prompts[0]) :]
-    ends = completion_mask(theirs, model.generation_config.eos_token_id).sum(1).tolist()
-    theirs = [row[:end] for row, end in zip(theirs.tolist(), ends, strict=True)]
-    ours = sample_group(model, prompts, 1, shape["new_tokens"], temperature=0.0).completions
-    pairs = [pair for rows in zip(theirs, ours, strict=True) for pair in itertools.zip_longest(*rows)]
+    count = {"mismatches": differing(model, lambda same: same, prompts, shape["new_tokens"])}
+    backend = "inductor" if run.device == "cuda" else "eager"
+    compiled = functools.partial(compiled_step, backend=backend)
+    count["compiled_mismatches"] = differing(model, compiled, prompts, shape["new_tokens"])
     width, layers = shape["wide"]
     wide = LlamaConfig(
         vocab_size=128, hidden_size=width, intermediate_size=width * 8 // 3, num_hidden_layers=layers,
@@ -1490,7 +1544,7 @@ def bench_rollouts(base, size: dict, shape: dict) -> dict[str, Any]:
     big = LlamaForCausalLM(wide).to(run.device).eval()
     prompts = torch.randint(1, 128, (shape["wide_batch"], 16)).tolist()
     found = rollout_speed(big, prompts, min(64, shape["new_tokens"]), repeats)
-    return out | {f"wide__{k}": v for k, v in found.items()} | {"mismatches": sum(a != b for a, b in pairs)}
+    return out | {f"wide__{k}": v for k, v in found.items()} | count
 
 
 # %%
@@ -1659,10 +1713,13 @@ def gather_rest(metrics: dict, arrays: dict) -> None:
             ("rollout_tokens_per_second", "own"),
             ("rollout_tokens_per_second_1024", "wide"),
         ):
-            kinds = ("captured", "generate", "generate_float32")
+            kinds = ("captured", "captured_uncompiled", "generate", "generate_float32")
             metrics[metric] = {arm: unit[f"{prefix}__{arm}"].tolist() for arm in kinds}
             arrays[f"limit/{metric}"] = unit[f"{prefix}__limit"]
-        metrics["greedy_mismatches"] = {"captured": [unit["mismatches"]]}
+        metrics["greedy_mismatches"] = {
+            arm: [unit[name]]
+            for arm, name in (("captured", "mismatches"), ("compiled", "compiled_mismatches"))
+        }
     if timed["logps"].done:
         unit = timed["logps"]
         metrics["logprob_extra_gib"] = {arm: [max(unit[f"gib__{arm}"], 1e-9)] for arm in ("chunked", "naive")}
@@ -1940,7 +1997,7 @@ def speed_rows(results) -> list[dict]:
                          ("rollout_tokens_per_second_1024", "rollout, 10.7 M, wide batch")):  # fmt: skip
         if metric in m:
             ours, limit = mean(m[metric]["captured"]), float(results.arrays[f"limit/{metric}"][0])
-            for peer in ("generate", "generate_float32"):
+            for peer in ("captured_uncompiled", "generate", "generate_float32"):
                 speed = dict(achieved=ours, limit=limit, peer=mean(m[metric][peer]))
                 rows.append(bench.row(f"{name}, against {peer}", None, "tokens/s", **speed))
     if "logprob_ms" in m and "logprob" in results.arrays:
