@@ -1997,7 +1997,7 @@ def speed_rows(results) -> list[dict]:
                          ("rollout_tokens_per_second_1024", "rollout, 10.7 M, wide batch")):  # fmt: skip
         if metric in m:
             ours, limit = mean(m[metric]["captured"]), float(results.arrays[f"limit/{metric}"][0])
-            for peer in ("captured_uncompiled", "generate", "generate_float32"):
+            for peer in [p for p in m[metric] if p != "captured"]:
                 speed = dict(achieved=ours, limit=limit, peer=mean(m[metric][peer]))
                 rows.append(bench.row(f"{name}, against {peer}", None, "tokens/s", **speed))
     if "logprob_ms" in m and "logprob" in results.arrays:
