@@ -252,7 +252,7 @@ class Paper(Strict):
         return hashlib.sha256(json.dumps(self.rules(), sort_keys=True).encode()).hexdigest()
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]  # libyaml's: 8 times faster
     def construct_mapping(self, node: Any, deep: bool = False) -> dict:
         """Refuse a key given twice; PyYAML would keep the last and say nothing."""
         for key, n in Counter(self.construct_object(k, deep=True) for k, _ in node.value).items():
