@@ -1479,6 +1479,7 @@ def compiled_step(model, backend: str = "inductor"):
     return model
 
 
+# %%
 def rollout_speed(model, prompts: list[list[int]], new_tokens: int, repeats: int) -> dict[str, np.ndarray]:
     """Tokens per second of the captured step and of `generate`, same prompts, full budget, taking turns.
 
