@@ -152,9 +152,7 @@ S = run.settings(
         evaluate=dict(questions=128, samples=4, hard_terms=[3, 3]),
         exact=dict(tables=20, group_size=8),
         difficulty=dict(questions=32, samples=80, steps=0, bins=3),
-        speed=dict(
-            repeats=3, inner=1, rows=128, batch=64, new_tokens=32, wide_batch=64, wide=[64, 2]
-        ),
+        speed=dict(repeats=3, inner=1, rows=128, batch=64, new_tokens=32, wide_batch=64, wide=[64, 2]),
         logps=dict(repeats=5, tokens=512, hidden=64, vocab=2000, chunk=64),
         play=dict(group_size=[4, 16], accuracy=[0.25, 0.6], lr=[0.02, 0.08]),
     ),
@@ -168,9 +166,7 @@ S = run.settings(
         evaluate=dict(questions=512, samples=8, hard_terms=[5, 5]),
         exact=dict(tables=20, group_size=8),
         difficulty=dict(questions=96, samples=1280, steps=40, bins=6),
-        speed=dict(
-            repeats=15, inner=5, rows=2048, batch=256, new_tokens=192, wide_batch=1024, wide=[384, 6]
-        ),
+        speed=dict(repeats=15, inner=5, rows=2048, batch=256, new_tokens=192, wide_batch=1024, wide=[384, 6]),
         logps=dict(repeats=15, tokens=24000, hidden=1536, vocab=151936, chunk=1024),
         play=dict(group_size=[4, 16], accuracy=[0.25, 0.6], lr=[0.02, 0.08]),
     ),
