@@ -75,7 +75,7 @@ import readrun
 import scipy.stats
 import torch
 from IPython.display import display
-from readrun import bench, picker, plots, questions, sandbox, sandbox_attacks, stats, tables, train
+from readrun import bench, graphed, picker, plots, questions, sandbox, sandbox_attacks, stats, tables
 from readrun.llm import LLM, LLMError, Reply, ScriptedLLM, TransformersLLM, Usage, from_spec
 from readrun.questions import KINDS, Item, article, is_a, literal, make_items, taxonomy
 from readrun.sandbox import Result as ToolResult
@@ -156,8 +156,8 @@ S = run.settings(
     gpu=dict(
         seeds=3, size=dict(hidden_size=256, intermediate_size=1024, num_hidden_layers=6,
                            num_attention_heads=8, max_position_embeddings=768), vocab=2048,
-        backbone=dict(steps=6000, tokens=32768, lr=0.02, pool=4096, reuse=2,
-                      workers=12),  # 2e8 tokens
+        backbone=dict(steps=5000, tokens=16384, lr=0.02, pool=4096, reuse=2,
+                      workers=12),  # 8e7 tokens
         items=300, samples=10, batch=256, workers=12, turns=6, sources=["injected", "sampled", "ood"],
         play=4, arms=["verifiagent", "vanilla", "deductive", "backward", "no_meta", "no_tools", "gate"],
         attacks=["all"], speed=dict(repeats=10, cold=2, warm=40, loop=128),
@@ -1687,10 +1687,26 @@ def texts_of(examples: Iterable[Sequence[tuple[str, bool]]]) -> list[str]:
     return ["".join(text for text, _ in example) for example in examples]
 
 
-def coded_examples(saved: str, count: int, seed: int) -> list[tuple[list[int], list[bool]]]:
+def padded(coded: Sequence[tuple[list[int], list[bool]]], step: int = 24) -> dict[int, Any]:
+    """{width: (token ids int16, learned bool), both (n, width)} of encoded texts, padded on the right.
+
+    Widths are multiples of `step`: few shapes, and little padding.
+    """
+    groups = collections.defaultdict(list)
+    for ids, learned in coded:
+        groups[-(-len(ids) // step) * step].append((ids, learned))
+    rows: dict[int, Any] = {}
+    for width, group in sorted(groups.items()):
+        rows[width] = np.zeros((len(group), width), np.int16), np.zeros((len(group), width), bool)
+        for i, (ids, learned) in enumerate(group):
+            rows[width][0][i, : len(ids)], rows[width][1][i, : len(ids)] = ids, learned
+    return rows
+
+
+def coded_examples(saved: str, count: int, seed: int) -> dict[int, Any]:
     """Encoded training texts; `saved` is the tokenizer as JSON, so that a worker process can do it."""
     tokenizer = as_tokenizer(Tokenizer.from_str(saved))
-    return [encode(tokenizer, example) for example in examples_of(seed, count)]
+    return padded([encode(tokenizer, example) for example in examples_of(seed, count)])
 
 
 def example_stream(saved: str, count: int, seed: int, workers: int) -> Generator:
@@ -1706,26 +1722,31 @@ def example_stream(saved: str, count: int, seed: int, workers: int) -> Generator
 
 
 # %% tags=["hide-input"]
-def token_batches(coded: Sequence[tuple], budget: int, rng: np.random.Generator) -> Generator:
-    """Batches of at most `budget` tokens, padding included, rows of similar length: (ids, learned)."""
-    order = sorted(range(len(coded)), key=lambda i: len(coded[i][0]) + rng.random())
-    groups: list[list[int]] = [[]]
-    for i in order:
-        if groups[-1] and (len(groups[-1]) + 1) * len(coded[i][0]) > budget:
-            groups.append([])
-        groups[-1].append(i)
-    for g in rng.permutation(len(groups)):
-        columns = zip(*(coded[i] for i in groups[g]), strict=True)
-        rows = [[torch.tensor(row) for row in column] for column in columns]
-        yield tuple(torch.nn.utils.rnn.pad_sequence(column, batch_first=True) for column in rows)
+def token_batches(pools: Iterable[dict], budget: int, reuse: int, rng: np.random.Generator) -> Generator:
+    """Batches (ids, learned) of rows of one width, as many as `budget` tokens hold: a fixed shape per width.
+
+    Each pool is used `reuse` times; rows that do not fill a batch wait for the next.
+    """
+    waiting: dict[int, Any] = {}
+    for pool in itertools.chain.from_iterable(itertools.repeat(pool, reuse) for pool in pools):
+        ready = []
+        for width, columns in pool.items():
+            order, size = rng.permutation(len(columns[0])), max(1, budget // width)
+            shuffled = [column[order] for column in columns]
+            if width in waiting:
+                shuffled = [np.concatenate(pair) for pair in zip(waiting[width], shuffled, strict=True)]
+            ends = range(size, len(shuffled[0]) + 1, size)
+            ready += [[torch.from_numpy(column[end - size : end]) for column in shuffled] for end in ends]
+            waiting[width] = tuple(column[len(ends) * size :] for column in shuffled)
+        yield from (ready[i] for i in rng.permutation(len(ready)))
 
 
 def lm_loss(model: torch.nn.Module, ids: torch.Tensor, learned: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy of the learned tokens; logits are made for these only. ids, learned: (B, T)."""
-    hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
-    chosen = learned[:, 1:]
-    logits = model.get_output_embeddings()(hidden[chosen]).float()
-    return torch.nn.functional.cross_entropy(logits, ids[:, 1:][chosen])
+    """Mean cross-entropy of the learned tokens. ids, learned: (B, T)."""
+    ids = ids.long()
+    logits = model.get_output_embeddings()(graphed.causal_states(model, ids)[:, :-1]).float()
+    wanted = ids[:, 1:].masked_fill(~learned[:, 1:], -100)  # -100: does not count
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), wanted.flatten())
 
 
 # %% tags=["hide-input"]
@@ -1733,30 +1754,20 @@ def pretrain(
     model, tokenizer, steps: int, tokens: int, lr: float, seed: int, *, pool: int = 2048, reuse: int = 1,
     workers: int = 0,
 ) -> list[float]:  # fmt: skip
-    """Next-token training on generated examples, `tokens` per step, padding included. Returns the losses.
+    """Next-token training on generated examples, at most `tokens` per step. Returns the losses.
 
-    Muon (orthogonalised momentum) for the matrices inside, AdamW for embeddings and norms, bfloat16; rates
-    fall linearly to 0. Each pool of examples is used `reuse` times.
+    Muon (orthogonalised momentum) for the matrices inside, AdamW for embeddings and norms; rates fall
+    linearly to 0. Each pool of examples is used `reuse` times. On a GPU in bfloat16, one graph per width.
     """
-    named, rng, losses = list(model.named_parameters()), np.random.default_rng(seed), []
+    named, rng = list(model.named_parameters()), np.random.default_rng(seed)
     inner = [p for n, p in named if p.ndim == 2 and "layers" in n]
     other = [p for n, p in named if not (p.ndim == 2 and "layers" in n)]
-    muon = torch.optim.Muon(inner, lr=lr, weight_decay=0.0)
-    adam = torch.optim.AdamW(other, lr=lr / 4, betas=(0.9, 0.98), weight_decay=0.0)
+    optimizers = [graphed.Muon(inner, lr), graphed.adamw(other, lr / 4, betas=(0.9, 0.98), weight_decay=0.0)]
+    rate = lambda step: min(1, (step + 1) / 100) * (1 - step / steps)  # noqa: E731
+    stepper = graphed.GraphedStep(model, lm_loss, optimizers, rate)
     stream = example_stream(tokenizer.backend_tokenizer.to_str(), pool, seed, workers)
-    batches = (b for coded in stream for _ in range(reuse) for b in token_batches(coded, tokens, rng))
-    for step, batch in zip(train.progress(range(steps), "backbone"), batches, strict=False):
-        with torch.autocast(model.device.type, torch.bfloat16):
-            loss = lm_loss(model, *(x.to(model.device) for x in batch))
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer, peak in ((muon, lr), (adam, lr / 4)):
-            optimizer.param_groups[0]["lr"] = peak * min(1, (step + 1) / 100) * (1 - step / steps)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        losses.append(loss.detach())
-    stream.close()
-    return torch.stack(losses).tolist()
+    with contextlib.closing(stream):
+        return stepper.fit(itertools.islice(token_batches(stream, tokens, reuse, rng), steps), "backbone")
 
 
 # %%
@@ -1875,7 +1886,10 @@ def judge(
     tools = {} if start else make_tools(engine)
     if not start:
         start = functools.partial(agent_procedure, VerifiAgent(llm, tools, max_turns=turns, **AGENTS[arm]))
-    verdicts = drive(llm, [guarded(start(c.item.question, c.text)) for c in candidates], workers)
+    different = list(dict.fromkeys((c.item.question, c.text) for c in candidates))
+    judged = drive(llm, [guarded(start(*pair)) for pair in different], workers)  # greedy: once is enough
+    verdict_on = dict(zip(different, judged, strict=True))
+    verdicts = [verdict_on[c.item.question, c.text] for c in candidates]
     found = report_of(candidates, verdicts, 12 if (arm, source) == ("verifiagent", "injected") else 0)
     return found | {"engine": tools["prover"].engine if tools else ""}
 

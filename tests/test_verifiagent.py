@@ -546,10 +546,20 @@ def test_own_checkpoints_run_and_differ(tmp_path, monkeypatch) -> None:
 
 
 def test_batches_keep_every_example_and_mask() -> None:
+    """Every example comes `reuse` times but for those that still wait; shapes depend on the width alone."""
     rng = np.random.default_rng(0)
-    coded = [([i] * n, [True] * n) for i, n in enumerate(rng.integers(1, 30, 50), start=1)]
-    rows = [row for ids, _ in q.token_batches(coded, 100, rng) for row in ids.tolist()]
-    assert sorted(max(row) for row in rows) == list(range(1, 51))
-    for ids, learned in q.token_batches(coded, 100, rng):
-        assert ids.numel() <= 100 or len(ids) == 1
-        assert ((ids > 0) == learned).all()
+    pools = [[([i] * n, [j % 2 == 0 for j in range(n)]) for i, n in enumerate(rng.integers(1, 90, 50), start)]
+             for start in (1, 51, 101)]  # fmt: skip
+    batches = list(q.token_batches([q.padded(pool) for pool in pools], 200, 3, rng))
+    sizes = {number: len(ids) for pool in pools for ids, _ in pool for number in ids[:1]}
+    count = dict.fromkeys(sizes, 0)
+    for ids, learned in batches:
+        assert ids.shape == learned.shape and ids.shape == (max(1, 200 // ids.shape[1]), ids.shape[1])
+        for row, marks in zip(ids.tolist(), learned.tolist(), strict=True):
+            number = row[0]
+            count[number] += 1
+            assert row == [number] * sizes[number] + [0] * (len(row) - sizes[number])
+            assert len(row) - sizes[number] < 24
+            assert marks == [j % 2 == 0 and j < sizes[number] for j in range(len(row))]
+    assert max(count.values()) == 3
+    assert sum(count.values()) > 3 * 150 - sum(200 // width for width in (24, 48, 72, 96))

@@ -186,18 +186,16 @@ def z3_program(premises: Sequence[tuple], atom: str) -> str:
     return "\n".join([*lines, f" return check_constraint(s, Bool('{atom}'))", "ans = main()"])
 
 
-def holds(premise: tuple, world: Mapping[str, bool]) -> bool:
-    """Whether ("fact", p), ("all", p, q) or ("xor", p, q), p and q literals, is true in a world."""
-    p, *q = (world[atom] == positive for atom, positive in premise[1:])
-    return {"fact": p, "all": not p or q == [True], "xor": [p] != q}[premise[0]]
-
-
 def logic_label(premises: Sequence[tuple], atom: str) -> str | None:
     """True, False or Uncertain by trying every truth assignment; None for premises that contradict."""
     atoms = sorted({a for _, *parts in premises for a, _ in parts} | {atom})
-    worlds = [dict(zip(atoms, w, strict=True)) for w in itertools.product((False, True), repeat=len(atoms))]
-    seen = {world[atom] for world in worlds if all(holds(p, world) for p in premises)}
-    return "Uncertain" if len(seen) == 2 else str(seen.pop()) if seen else None
+    left = every = (1 << 2 ** len(atoms)) - 1  # a set of worlds: bit w is world w, atom i true if w has bit i
+    where = {a: every // (2**2**i + 1) << 2**i for i, a in enumerate(atoms)}
+    for kind, *literals in premises:
+        p, *q = (where[a] if positive else every ^ where[a] for a, positive in literals)
+        left &= p if kind == "fact" else every ^ p | q[0] if kind == "all" else p ^ q[0]
+    yes, no = left & where[atom], left & ~where[atom]
+    return "Uncertain" if yes and no else "True" if yes else "False" if no else None
 
 
 def clauses_of(premise: tuple) -> list[tuple[Literal, Literal]]:
