@@ -1687,6 +1687,7 @@ def texts_of(examples: Iterable[Sequence[tuple[str, bool]]]) -> list[str]:
     return ["".join(text for text, _ in example) for example in examples]
 
 
+# %% tags=["hide-input"]
 def padded(coded: Sequence[tuple[list[int], list[bool]]], step: int = 24) -> dict[int, Any]:
     """{width: (token ids int16, learned bool), both (n, width)} of encoded texts, padded on the right.
 
