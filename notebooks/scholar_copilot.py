@@ -75,7 +75,7 @@ from IPython.display import HTML
 from readrun import bench, docstrings, lm, media, paths, picker, plots, stats, tables, train
 from readrun.onestep import CachedStep, samples_ms
 from readrun.pack import packed, unpacked
-from readrun.retrieval import BM25, bi_encode, bi_encode_all, in_batches, pad_rows, unit_rows
+from readrun.retrieval import BM25, bi_embed, bi_encode_all, bi_rows, in_batches, pad_rows, sent, unit_rows
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -366,12 +366,18 @@ def hidden_states(model, input_ids: torch.Tensor, attention_mask: torch.Tensor) 
     return out.last_hidden_state
 
 
+def states_behind(model, input_ids: torch.Tensor) -> torch.Tensor:
+    """`hidden_states` of rows padded behind, (B, T, d): no token sees what follows it, so no mask is needed,
+    attention takes its causal kernel, and a GPU does not have to be asked what the mask looks like."""
+    return model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+
+
 def pick_queries(states: torch.Tensor, ret_pos: Sequence[Sequence[int]]) -> torch.Tensor:
     """Unit vectors (C, d) of states (B, T, d) at each row's positions, row by row. Raises ValueError."""
     places = [(row, at) for row, positions in enumerate(ret_pos) for at in positions]
     if len(ret_pos) != len(states) or not all(0 <= at < states.shape[1] for _, at in places):
         raise ValueError(f"ret_pos: {list(ret_pos)} does not fit states {tuple(states.shape)}")
-    rows, columns = torch.tensor(places, dtype=torch.long, device=states.device).view(-1, 2).T
+    rows, columns = sent(np.array(places, dtype=np.int64).reshape(-1, 2).T, states.device)
     return unit_rows(states[rows, columns])
 
 
@@ -381,9 +387,9 @@ def embed_queries(model, input_ids, attention_mask, ret_pos: Sequence[Sequence[i
 
 
 # %%
-def embed_rows(model, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Unit vector of the last real token of each row, (N, d) float32; padding on either side."""
-    states = hidden_states(model, ids, mask)
+def embed_rows(model, ids: torch.Tensor, mask: torch.Tensor, behind: bool = False) -> torch.Tensor:
+    """Unit vector of the last real token of each row, (N, d) float32; padding on either side, or `behind`."""
+    states = states_behind(model, ids) if behind else hidden_states(model, ids, mask)
     last = (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(1)
     return unit_rows(states[torch.arange(len(ids), device=ids.device), last])
 
@@ -392,7 +398,7 @@ def embed_ends(model, tok, rows: Sequence[Sequence[int]], batch: int = 64) -> to
     """Unit vectors at the last token of each row of ids, (N, d) float32."""
     device = next(model.parameters()).device
     padded = lambda part: pad_rows(part, tok.pad_token_id, device)  # noqa: E731
-    return in_batches(lambda part: embed_rows(model, *padded(part)), rows, device, batch)
+    return in_batches(lambda part: embed_rows(model, *padded(part), behind=True), rows, device, batch)
 
 
 def doc_ids_of(tok, text: str, limit: int = DOC_TOKENS) -> list[int]:
@@ -401,11 +407,17 @@ def doc_ids_of(tok, text: str, limit: int = DOC_TOKENS) -> list[int]:
     return [mark[REFERENCE], *plain_ids(tok, text)[: limit - 2], mark[REFERENCE_END]]
 
 
+@functools.lru_cache(maxsize=4)
+def doc_rows(tok, texts: tuple[str, ...], limit: int) -> tuple[list[int], ...]:
+    """`doc_ids_of` of many, once per process."""
+    return tuple(doc_ids_of(tok, text, limit) for text in texts)
+
+
 def embed_docs(model, tok, texts: Sequence[str], limit: int = DOC_TOKENS, batch: int = 64) -> torch.Tensor:
     """Unit vectors of reference texts, (N, d) float32. Raises ValueError for no texts."""
     if not texts:
         raise ValueError("texts: the database is empty")
-    return embed_ends(model, tok, [doc_ids_of(tok, text, limit) for text in texts], batch)
+    return embed_ends(model, tok, doc_rows(tok, tuple(texts), limit), batch)
 
 
 # %% [markdown]
@@ -432,24 +444,25 @@ def embed_docs(model, tok, texts: Sequence[str], limit: int = DOC_TOKENS, batch:
 # %%
 def contrastive_loss(
     q: torch.Tensor, d: torch.Tensor, target: torch.Tensor, tau: float = 0.01,
-    doc_ids: torch.Tensor | None = None, left_out: torch.Tensor | None = None,
+    doc_ids: torch.Tensor | None = None, left_out: torch.Tensor | None = None, check: bool = True,
 ) -> torch.Tensor:  # fmt: skip
     """Mean InfoNCE of queries (Q, dim) against documents (P, dim); target (Q,) indexes documents.
 
     doc_ids (P,): equal documents are not negatives of each other; None: the official behaviour.
     left_out (Q, P) bool: documents that a query does not see (never its target).
-    Raises ValueError for NaN, shapes that do not fit, targets outside, or tau <= 0.
+    Raises ValueError for shapes that do not fit, tau <= 0 and, with `check`, for NaN and targets outside. A
+    training loop looks at its gradients anyway (`readrun.train`), and asking a GPU makes it wait.
     """
     if tau <= 0:
         raise ValueError(f"tau: {tau}; accepted: a positive number")
     if q.ndim != 2 or d.ndim != 2 or q.shape[1] != d.shape[1] or target.shape != q.shape[:1] or not len(q):
         raise ValueError(f"shapes: q {tuple(q.shape)}, d {tuple(d.shape)}, target {tuple(target.shape)}")
-    if int(target.min()) < 0 or int(target.max()) >= len(d):
+    if check and (int(target.min()) < 0 or int(target.max()) >= len(d)):
         raise ValueError(f"target: {target.tolist()}; there are {len(d)} documents")
     with torch.autocast(q.device.type, enabled=False):
         q, d = (x if x.dtype == torch.float64 else x.float() for x in (q, d))
         scores = q @ d.T / tau
-    if not torch.isfinite(scores).all():
+    if check and not torch.isfinite(scores).all():
         raise ValueError("q and d: the scores are not finite")
     hidden = torch.zeros_like(scores, dtype=torch.bool) if left_out is None else left_out.clone()
     if doc_ids is not None:
@@ -504,8 +517,8 @@ def generation_loss(model, states: torch.Tensor, labels: torch.Tensor) -> torch.
 
 def batch_vectors(model, states: torch.Tensor, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
     """Queries and their documents (Q, d) of a batch of `make_batch`, given the states of its papers."""
-    documents = embed_rows(model, batch["doc_tokens"], batch["doc_mask"])[batch["doc_row"]]
-    return pick_queries(states, batch["ret_pos"]), documents
+    documents = embed_rows(model, batch["doc_tokens"], batch["doc_mask"], behind=True)
+    return pick_queries(states, batch["ret_pos"]), documents[batch["doc_row"]]
 
 
 # %%
@@ -517,14 +530,15 @@ def retrieval_loss(
     q, d = batch_vectors(model, states, batch)
     owner, target = batch["owner"], torch.arange(len(q), device=q.device)
     left_out = None if hard else owner[:, None] == owner[None]
-    return contrastive_loss(q, d, target, doc_ids=batch["doc_row"] if masked else None, left_out=left_out)
+    same = batch["doc_row"] if masked else None
+    return contrastive_loss(q, d, target, doc_ids=same, left_out=left_out, check=False)
 
 
 def joint_loss(
     model, batch: dict[str, Any], lam: float = 1.0, generation: float = 1.0, **how: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(L, L_g, L_r) of a batch of `make_batch`, L = generation * L_g + lam * L_r; `how`: `retrieval_loss`."""
-    states = hidden_states(model, batch["input_ids"], batch["attention_mask"])
+    states = states_behind(model, batch["input_ids"])
     zero = states.new_zeros((), dtype=torch.float32)
     loss_g = generation_loss(model, states, batch["labels"]) if generation else zero
     loss_r = retrieval_loss(model, states, batch, **how) if lam else zero
@@ -550,8 +564,8 @@ def make_batch(
     return dict(
         input_ids=ids, attention_mask=mask, labels=labels, doc_tokens=doc_tokens, doc_mask=doc_mask,
         ret_pos=[[c["ret_pos"][i] for i in picked] for c, picked in zip(coded, chosen, strict=True)],
-        doc_row=torch.tensor([place[doc] for _, doc in wanted], device=device),
-        owner=torch.tensor([row for row, _ in wanted], device=device),
+        doc_row=sent([place[doc] for _, doc in wanted], device),
+        owner=sent([row for row, _ in wanted], device),
     )  # fmt: skip
 
 
@@ -1213,25 +1227,28 @@ def context_queries(model, tok, coded: Sequence[dict], max_len: int, batch: int 
     return embed_ends(model, tok, rows, batch)
 
 
+def sums(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Sums of the first counts[0] values, the next counts[1], … in float64."""
+    return np.bincount(np.repeat(np.arange(len(counts)), counts), values, len(counts))
+
+
 @torch.no_grad()
 def read_labels(model, tok, coded: Sequence[dict], batch: int = 32) -> dict[str, np.ndarray]:
     """nll, tokens: per paper, over its labels; p_ret, is_ret: per label, probability of `<|cite_start|>` and
     whether it is there."""
-    device, rows, parts = next(model.parameters()).device, list[torch.Tensor](), list[torch.Tensor]()
+    device, parts, ret = next(model.parameters()).device, list[torch.Tensor](), mark_ids(tok)[RET]
     for start in range(0, len(coded), batch):
         part = coded[start : start + batch]
-        ids, mask = pad_rows([c["input_ids"] for c in part], tok.pad_token_id, device)
+        ids, _ = pad_rows([c["input_ids"] for c in part], tok.pad_token_id, device)
         labels, _ = pad_rows([c["labels"] for c in part], -100, device)
         with train.autocast(device):
-            states = hidden_states(model, ids, mask)
-            for row in range(len(part)):
-                logits, target = label_logits(model, states[row : row + 1], labels[row : row + 1])
-                logs, is_ret = logits.log_softmax(-1), target == mark_ids(tok)[RET]
-                nll = torch.nn.functional.nll_loss(logs, target, reduction="sum")
-                rows.append(torch.stack([nll, nll.new_tensor(len(target))]))
-                parts.append(torch.stack([logs[:, mark_ids(tok)[RET]].exp(), is_ret.float()]))
-    (nll, tokens), (p, is_ret) = torch.stack(rows).T.cpu().numpy(), torch.cat(parts, 1).cpu().numpy()
-    return {"nll": nll.astype(float), "tokens": tokens.astype(int), "p_ret": p, "is_ret": is_ret > 0}
+            logits, target = label_logits(model, states_behind(model, ids), labels)
+        logs = logits.log_softmax(-1)
+        own = logs.gather(1, target[:, None])[:, 0]
+        parts.append(torch.stack([-own, logs[:, ret].exp(), (target == ret).float()]))
+    nll, p, is_ret = torch.cat(parts, 1).cpu().numpy()
+    tokens = np.array([sum(label != -100 for label in c["labels"][1:]) for c in coded])
+    return {"nll": sums(nll, tokens), "tokens": tokens, "p_ret": p, "is_ret": is_ret > 0}
 
 
 # %% [markdown]
@@ -1310,11 +1327,11 @@ def judge_vectors(
     scores, target, keys = queries @ index.T, places_of(corpus, contexts), list(corpus.docs)
     top = search(queries, index, min(10, len(index)))[1].cpu()
     best = [[keys[i] for i in row] for row in top.tolist()]
-    which, right = list[int](), list[float]()
+    which, right, table, place = list[int](), list[float](), scores.cpu().numpy(), target.tolist()
     for members in by_paper(contexts, 3).values():
-        own = sorted({int(target[i]) for i in members})
+        own = sorted({place[i] for i in members})
         which += members
-        right += [float(own[int(scores[i, own].argmax())] == int(target[i])) for i in members]
+        right += [float(own[table[i, own].argmax()] == place[i]) for i in members]
     return {
         "ranks": ranks_of(scores, target), "top": top.numpy().astype(np.int32),
         "own_which": np.array(which, dtype=int), "own_right": np.array(right),
@@ -1333,41 +1350,39 @@ AFTER, LEAST = 32, 8  # tokens behind a citation that are scored, and how many t
 @torch.no_grad()
 def nll_after(model, tok, rows: Sequence[tuple[list[int], list[int]]], batch: int = 64) -> np.ndarray:
     """Mean NLL per token of each continuation, given (prefix, continuation) token ids."""
-    device, out = next(model.parameters()).device, [np.zeros(0, np.float32)]
+    device, parts = next(model.parameters()).device, [torch.zeros(0)]
     for start in range(0, len(rows), batch):
         part = rows[start : start + batch]
-        ids, mask = pad_rows([a + b for a, b in part], tok.pad_token_id, device)
+        ids, _ = pad_rows([a + b for a, b in part], tok.pad_token_id, device)
         labels, _ = pad_rows([[-100] * len(a) + b for a, b in part], -100, device)
         with train.autocast(device):
-            logits, target = label_logits(model, hidden_states(model, ids, mask), labels)
-        losses = torch.nn.functional.cross_entropy(logits, target, reduction="none")
-        means = [piece.mean() for piece in losses.split([len(b) for _, b in part])]
-        out.append(torch.stack(means).cpu().numpy())
-    return np.concatenate(out)
+            logits, target = label_logits(model, states_behind(model, ids), labels)
+        parts.append(torch.nn.functional.cross_entropy(logits, target, reduction="none"))
+    counts = np.array([len(b) for _, b in rows], dtype=int)
+    losses = torch.cat([part.cpu() for part in parts]).numpy()
+    return (sums(losses, counts) / counts).astype(np.float32)
 
 
 # %%
 def continuations(
-    model, tok, corpus: Corpus, papers: Sequence[Paper], contexts: Sequence[Context], top1: Sequence[str],
+    model, tok, corpus: Corpus, coded: Sequence[dict], contexts: Sequence[Context], top1: Sequence[str],
     max_len: int, content: int, every: int = 1,
 ) -> dict[str, np.ndarray]:  # fmt: skip
     """NLL of the text after each citation with gold, retrieved, random or no content between the marks.
 
-    Only each `every`-th citation, if at least LEAST tokens of text follow it; "which" lists their numbers.
+    coded: the papers, encoded without a limit. Only each `every`-th citation, if at least LEAST tokens of
+    text follow it; "which" lists their numbers.
     """
     mark, names, which, tails, heads = mark_ids(tok), list(corpus.docs), [], [], []
     for i, context in list(enumerate(contexts))[::every]:
-        segments = papers[context.paper].segments
-        at = [n for n, s in enumerate(segments) if isinstance(s, Citation)][context.number]
-        tail = segments[at + 1] if at + 1 < len(segments) else ""
-        words = plain_ids(tok, tail)[:AFTER] if isinstance(tail, str) else []
+        ids, at = coded[context.paper]["input_ids"], coded[context.paper]["ret_pos"][context.number]
+        tail = ids[ids.index(mark[CITE_END], at) + 1 :][:AFTER]
+        words = list(itertools.takewhile(lambda i: i not in (mark[RET], mark[PAPER_END]), tail))
         if len(words) >= LEAST:
-            before = Paper("", "", "", segments[:at])
-            ids = encode_paper(before, corpus, tok, 10**9, content)["input_ids"][:-1]
             room = max_len - content - AFTER - 3  # beside the first token and two marks
             which.append(i)
             tails.append(words)
-            heads.append([ids[0], *ids[1:][-room:], mark[RET]])
+            heads.append([ids[0], *ids[1:at][-room:], mark[RET]])
     random = np.random.default_rng(0).integers(0, len(names), len(which))
     chosen = {
         "gold": [contexts[i].doc for i in which], "retrieved": [top1[i] for i in which],
@@ -1395,13 +1410,13 @@ def evaluate(model, tok, corpus: Corpus, index: torch.Tensor, recipe: dict, test
     max_len, content, mark = recipe["max_len"], recipe["content"], mark_ids(tok)
     coded = encode_all(papers, corpus, tok, 10**9, content)
     out = judge_vectors(context_queries(model, tok, coded, max_len, test["batch"]), index, corpus, contexts)
-    read = read_labels(model, tok, encode_all(papers, corpus, tok, max_len, content), test["batch"])
+    read = read_labels(model, tok, encode_all(papers, corpus, tok, max_len, content))
     starts = [[mark[PAPER], *plain_ids(tok, text), mark[RET]] for text in first_sentences(corpus, contexts)]
-    one = embed_ends(model, tok, [start[-max_len:] for start in starts])
+    one = embed_ends(model, tok, [start[-max_len:] for start in starts], test["batch"])
     out["static"] = static_recall(one @ index.T, corpus, contexts)
     top1 = [list(corpus.docs)[i] for i in out["top"][:, 0].tolist()]
     every = max(1, len(contexts) // test["after"]) if test["after"] else 1
-    after = continuations(model, tok, corpus, papers, contexts, top1, max_len, content, every)
+    after = continuations(model, tok, corpus, coded, contexts, top1, max_len, content, every)
     out |= {f"after_{name}": values for name, values in after.items()}
     ap = average_precision_score(read["is_ret"], read["p_ret"])
     return out | {"nll": read["nll"], "tokens": read["tokens"], "ap": float(ap)}
@@ -1608,7 +1623,7 @@ def finetune(
     rng, device, steps = np.random.default_rng(seed), next(model.parameters()).device, recipe["steps"]
     coded = coded or encode_all(corpus.of("train"), corpus, tok, recipe["max_len"], recipe["content"])
     coded, parts = [c for c in coded if c["ret_pos"]], list[torch.Tensor]()
-    docs = {d.id: doc_ids_of(tok, d.text, recipe["doc_tokens"]) for d in corpus.docs.values()}
+    docs = dict(zip(corpus.docs, doc_rows(tok, tuple(corpus.texts), recipe["doc_tokens"]), strict=True))
 
     def batches():
         for picked in shuffled(len(coded), recipe["batch"], steps, rng):
@@ -1660,7 +1675,7 @@ def similarity_of(model, tok, corpus: Corpus, recipe: dict, count: int = 8) -> n
     device = next(model.parameters()).device
     batch = make_batch(coded, docs, tok.pad_token_id, np.random.default_rng(0), device)
     with torch.no_grad(), train.autocast(device):
-        q, d = batch_vectors(model, hidden_states(model, batch["input_ids"], batch["attention_mask"]), batch)
+        q, d = batch_vectors(model, states_behind(model, batch["input_ids"]), batch)
     return (q @ d.T).cpu().numpy()
 
 
@@ -1671,9 +1686,9 @@ def example_of(model, tok, corpus: Corpus, index: torch.Tensor, longest: int = 9
     second = [[*encode_paper(p, corpus, tok, 10**9, 6)["ret_pos"], 999][1] for p in papers]
     paper = papers[int(np.argmin(np.abs(np.array(second) - longest // 2)))]
     coded, docs = encode_paper(paper, corpus, tok, 2 * longest, 6), list(corpus.docs.values())
-    ids, mask = pad_rows([coded["input_ids"]], tok.pad_token_id, index.device)
+    ids = sent([coded["input_ids"]], index.device)
     with torch.no_grad(), train.autocast(index.device):
-        states = hidden_states(model, ids, mask)
+        states = states_behind(model, ids)
         p = vocabulary_logits(model, states).softmax(-1)[0, :-1, mark_ids(tok)[RET]]
     top = search(pick_queries(states, [coded["ret_pos"]]), index, 3)[1].tolist() if coded["ret_pos"] else []
     return {
@@ -1753,18 +1768,20 @@ def finetune_minilm(
     corpus, rng, steps = corpus_for(papers), np.random.default_rng(seed), recipe["steps"]
     tok = AutoTokenizer.from_pretrained(minilm_folder(folder))
     model = AutoModel.from_pretrained(minilm_folder(folder), dtype=torch.float32).to(run.device).train()
-    train_contexts = contexts_of(corpus, "train")
+    train_contexts, row = contexts_of(corpus, "train"), {key: i for i, key in enumerate(corpus.docs)}
     papers_of, most = list(by_paper(train_contexts, 1).values()), recipe["targets"]
+    queries = bi_rows(tok, [c.left[-width:] for c in train_contexts], end=True)
+    docs = bi_rows(tok, corpus.texts)
 
     def batches():
         for picked in shuffled(len(papers_of), recipe["batch"], steps, rng):
             members = [papers_of[i] for i in picked]
-            yield [train_contexts[own[i]] for own in members for i in rng.permutation(len(own))[:most]]
+            yield [own[i] for own in members for i in rng.permutation(len(own))[:most]]
 
     def loss_of(model, batch):
-        q = bi_encode(model, tok, [c.left[-width:] for c in batch], end=True)
-        d = bi_encode(model, tok, [corpus.docs[c.doc].text for c in batch])
-        return contrastive_loss(q, d, torch.arange(len(q), device=q.device), tau)
+        q = bi_embed(model, tok, [queries[i] for i in batch])
+        d = bi_embed(model, tok, [docs[row[train_contexts[i].doc]] for i in batch])
+        return contrastive_loss(q, d, torch.arange(len(q), device=q.device), tau, check=False)
 
     updater = train.Updater(model, lr, steps=steps, warmup=steps // 10, weight_decay=0.01)
     train.fit(updater, batches(), loss_of, name="MiniLM")
@@ -1940,7 +1957,7 @@ def bench_search(shapes: dict) -> dict[str, Any]:
 # %%
 def loss_everywhere(model, batch: dict[str, Any]) -> torch.Tensor:
     """The peer of `joint_loss`: logits of all positions, the mask in the loss."""
-    states = hidden_states(model, batch["input_ids"], batch["attention_mask"])
+    states = states_behind(model, batch["input_ids"])
     logits = vocabulary_logits(model, states[:, :-1]).flatten(0, 1)
     loss = torch.nn.functional.cross_entropy(logits, batch["labels"][:, 1:].flatten())
     return loss + retrieval_loss(model, states, batch)
@@ -1956,7 +1973,7 @@ def bench_training(shape: dict, recipe: dict, repeats: int) -> dict[str, Any]:
     model = make_model(shape["size"], tok, recipe["max_len"], 0).to(run.device)
     coded = encoded(shape["papers"], shape["vocab_size"], recipe["max_len"], recipe["content"])
     papers = sorted(coded, key=lambda c: (len(c["input_ids"]), len(c["ret_pos"])))[-recipe["batch"] :]
-    docs = {d.id: doc_ids_of(tok, d.text, recipe["doc_tokens"]) for d in corpus.docs.values()}
+    docs = dict(zip(corpus.docs, doc_rows(tok, tuple(corpus.texts), recipe["doc_tokens"]), strict=True))
     rng = np.random.default_rng(0)
     batch = make_batch(papers, docs, tok.pad_token_id, rng, run.device, recipe["targets"])
     ways = {

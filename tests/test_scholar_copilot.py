@@ -197,6 +197,10 @@ def test_padding_changes_no_vector(kind, side) -> None:
         want = model.base_model(input_ids=alone).last_hidden_state[0, -1]
         assert torch.allclose(together[i], want / want.norm(), atol=1e-5)
     assert torch.allclose(together.norm(dim=1), torch.ones(3))
+    if side == "right":  # what training and evaluation use: no mask at all
+        padded = q.pad_rows(rows, 0)
+        assert torch.equal(padded[0], ids) and torch.equal(padded[1], mask)
+        assert torch.allclose(q.embed_rows(model, *padded, behind=True), together, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "bert"])
@@ -637,21 +641,23 @@ def test_long_queries_of_the_encoder_keep_their_end() -> None:
     class Words:
         cls_token_id, sep_token_id, pad_token_id = 1, 2, 0
 
-        def __call__(self, text, add_special_tokens):
-            return SimpleNamespace(input_ids=[int(w) for w in text.split()])
+        def __call__(self, texts, add_special_tokens):
+            return SimpleNamespace(input_ids=[[int(w) for w in text.split()] for text in texts])
 
-    text = lambda ids: " ".join(map(str, ids))  # noqa: E731
+    def encode(ids, **how):
+        rows = q.bi_rows(Words(), [" ".join(map(str, ids))], limit=10, **how)
+        return q.bi_embed(model, Words(), rows)
+
     with torch.no_grad():
-        long = q.bi_encode(model, Words(), [text(words)], limit=10, end=True)
-        assert torch.allclose(long, q.bi_encode(model, Words(), [text(words[-8:])], limit=10), atol=1e-6)
-        head = q.bi_encode(model, Words(), [text(words)], limit=10)
-        assert torch.allclose(head, q.bi_encode(model, Words(), [text(words[:8])], limit=10), atol=1e-6)
+        assert torch.allclose(encode(words, end=True), encode(words[-8:]), atol=1e-6)
+        assert torch.allclose(encode(words), encode(words[:8]), atol=1e-6)
 
 
 def test_continuations_fit_into_absolute_positions() -> None:
     """A long text before a citation is cut so that content and continuation fit."""
     toy, tok, model = corpus(["we use the method " * 40, cite("a"), " of it" * 20]), tokenizer(), tiny("bert")
-    found = q.continuations(model, tok, toy, toy.papers, [context()], ["b"], 128, 3)
+    coded = q.encode_all(toy.papers, toy, tok, 10**9, 3)
+    found = q.continuations(model, tok, toy, coded, [context()], ["b"], 128, 3)
     assert found["which"].tolist() == [0] and np.isfinite(found["gold"]).all()
 
 

@@ -9,21 +9,31 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from readrun import train
 
 
+def sent(values: Any, device: Any = "cpu") -> Tensor:
+    """An array or (nested) list of numbers as a tensor on a device, without waiting for a GPU's queue."""
+    tensor = torch.as_tensor(values)
+    on_gpu = torch.device(device).type == "cuda"
+    return tensor.pin_memory().to(device, non_blocking=True) if on_gpu else tensor.to(device)
+
+
 def pad_rows(rows: Sequence[Sequence[int]], pad: int, device: Any = "cpu") -> tuple[Tensor, Tensor]:
-    """(ids, attention_mask), both (B, longest) long, of rows padded behind."""
-    parts = [torch.tensor(row, dtype=torch.long, device=device) for row in rows]
-    mask = pad_sequence([torch.ones_like(part) for part in parts], batch_first=True)
-    return pad_sequence(parts, batch_first=True, padding_value=pad), mask
+    """(ids, attention_mask), both (B, longest) long, of rows padded behind; made on the host and sent whole:
+    a copy per row would wait for a GPU's queue at each."""
+    lengths = np.array([len(row) for row in rows])
+    real = np.arange(lengths.max()) < lengths[:, None]
+    ids = np.full(real.shape, pad, dtype=np.int64)
+    ids[real] = np.fromiter(chain.from_iterable(rows), np.int64, lengths.sum())
+    return sent(ids, device), sent(real.astype(np.int64), device)
 
 
 def unit_rows(vectors: Tensor) -> Tensor:
@@ -59,18 +69,23 @@ class BM25:
         return self.engine.get_scores(known) if known else np.zeros(self.count, np.float32)
 
 
-def bi_encode(model: Any, tok: Any, texts: Sequence[str], limit: int = 128, end: bool = False) -> Tensor:
-    """Mean-pooled unit vectors of a BERT-like encoder, (N, d) float32. Of a text longer than `limit` tokens
-    its beginning is read or, for a query, its `end`: what stands next to the answer."""
+def bi_rows(tok: Any, texts: Sequence[str], limit: int = 128, end: bool = False) -> list[list[int]]:
+    """Token ids of texts for `bi_embed`. Of a text longer than `limit` tokens its beginning is kept or, for a
+    query, its `end`: what stands next to the answer."""
     part = slice(2 - limit, None) if end else slice(limit - 2)
-    pieces = [tok(text, add_special_tokens=False).input_ids[part] for text in texts]
-    rows = [[tok.cls_token_id, *piece, tok.sep_token_id] for piece in pieces]
+    pieces = tok(list(texts), add_special_tokens=False).input_ids if len(texts) else []
+    return [[tok.cls_token_id, *piece[part], tok.sep_token_id] for piece in pieces]
+
+
+def bi_embed(model: Any, tok: Any, rows: Sequence[Sequence[int]]) -> Tensor:
+    """Mean-pooled unit vectors of a BERT-like encoder, (N, d) float32, of `bi_rows`."""
     ids, mask = pad_rows(rows, tok.pad_token_id, next(model.parameters()).device)
     states = model(input_ids=ids, attention_mask=mask).last_hidden_state.float()
     return unit_rows((states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True))
 
 
-def bi_encode_all(model: Any, tok: Any, texts: Sequence[str], batch: int = 64, end: bool = False) -> Tensor:
-    """`bi_encode` of many texts, without gradients."""
+def bi_encode_all(model: Any, tok: Any, texts: Sequence[str], batch: int = 128, end: bool = False) -> Tensor:
+    """`bi_embed` of many texts, without gradients."""
     device = next(model.parameters()).device
-    return in_batches(lambda part: bi_encode(model, tok, part, end=end), texts, device, batch)
+    rows = bi_rows(tok, texts, end=end)
+    return in_batches(lambda part: bi_embed(model, tok, part), rows, device, batch)
