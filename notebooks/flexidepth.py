@@ -67,7 +67,7 @@ import torch
 import torch.nn.functional as F
 from IPython.display import display
 from readrun import bench as clock
-from readrun import corpus, decode, lm, picker, plots, sanitizer, tables, train
+from readrun import corpus, decode, graphed, lm, picker, plots, sanitizer, tables
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -148,7 +148,7 @@ S = run.settings(
         size=dict(width=256, depth=16, heads=8, num_key_value_heads=4, intermediate_size=704),
         shape=dict(numbers=5, terms=[2, 4], digits=3, letters=8, prose=[16, 32]),
         mix=dict(repeat=2, copy=2, phrase=1, max=2, add=9, mul=6, prose=2),
-        pretrain=dict(steps=2500, batch=640, lr=1e-3, pool=300_000, length=49),
+        pretrain=dict(steps=2500, batch=640, lr=1e-3, pool=300_000, length=49, short=20),
         routers=dict(steps=500, batch=640, lr=1e-3, pool=60_000, length=49, reduction=16),
         evaluate=dict(items=512, new_tokens=34, removed=8), taus=[0.3, 0.5, 0.7],
         speed=dict(width=4096, depth=32, heads=32, kv_heads=8, ffn=14336, vocab=128256, repeats=100,
@@ -424,7 +424,8 @@ def skip_loss(gates: Tensor, mask: Tensor) -> Tensor:
     """
     if gates.ndim != 3 or gates.shape[1:] != mask.shape:
         raise ValueError(f"gates {tuple(gates.shape)} and mask {tuple(mask.shape)}: (L, B, T) and (B, T)")
-    return gates.float().sum(0).square()[mask.bool()].mean()
+    squares = gates.float().sum(0).square()
+    return (squares * mask).sum() / mask.sum()
 
 
 def layers_used(gates: Tensor, tau: float = 0.5) -> Tensor:
@@ -1358,21 +1359,39 @@ def make_tokenizer():
     return lm.char_tokenizer(ALPHABET, padding_side="left")
 
 
+def token_rows(texts: Sequence[str], tokenizer) -> list[np.ndarray]:
+    """Ids of each text: one look-up per character, since the tokenizer itself takes a minute for a pool.
+
+    Texts that hold a special token (of a model's answer) go through the tokenizer.
+    """
+    vocabulary, special = tokenizer.get_vocab(), tokenizer.all_special_tokens
+    table = np.full(129, tokenizer.unk_token_id)
+    table[[ord(c) for c in vocabulary if len(c) == 1]] = [i for c, i in vocabulary.items() if len(c) == 1]
+    codes = np.frombuffer("".join(texts).encode("utf-32-le"), np.uint32)
+    rows = np.split(table[np.minimum(codes, 128)], np.cumsum([len(t) for t in texts])[:-1])
+    for at in [i for i, t in enumerate(texts) if "<" in t and any(one in t for one in special)]:
+        rows[at] = np.array(tokenizer(texts[at], add_special_tokens=False).input_ids)
+    return rows
+
+
 def encode(items: Sequence[Item], tokenizer, length: int = 0, device: str = "cpu") -> Batch:
     """Rows prompt + answer + end, padded on the right. Raises ValueError where `length` is too short."""
-    prompts = tokenizer([i.prompt for i in items], add_special_tokens=False).input_ids
-    answers = tokenizer([i.answer for i in items], add_special_tokens=False).input_ids
-    rows = [[*p, *a, tokenizer.eos_token_id] for p, a in zip(prompts, answers, strict=True)]
-    longest = max(map(len, rows))
+    prompts, answers = (token_rows([i[at] for i in items], tokenizer) for at in (1, 2))
+    starts = torch.tensor([len(p) for p in prompts])[:, None]
+    sizes = starts + torch.tensor([len(a) + 1 for a in answers])[:, None]
+    longest = int(sizes.max())
     if length and longest > length:
         raise ValueError(f"length={length}: the longest item has {longest} tokens")
     width = length or longest
-    ids = torch.tensor([row + [tokenizer.pad_token_id] * (width - len(row)) for row in rows])
-    at, sizes = torch.arange(width), torch.tensor([len(row) for row in rows])[:, None]
-    starts = torch.tensor([len(p) for p in prompts])[:, None]
-    return Batch(*(t.to(device) for t in (ids, at < sizes, (at >= starts) & (at < sizes))))
+    ids = np.full((len(items), width), tokenizer.pad_token_id)
+    for row, prompt, answer in zip(ids, prompts, answers, strict=True):
+        row[: len(prompt) + len(answer) + 1] = np.concatenate([prompt, answer, [tokenizer.eos_token_id]])
+    at = torch.arange(width)
+    masks = at < sizes, (at >= starts) & (at < sizes)
+    return Batch(*(t.to(device) for t in (torch.from_numpy(ids), *masks)))
 
 
+# %%
 def training_pool(count: int, seed: int, shape: dict, mix: dict, length: int, device: str) -> Batch:
     """`count` training rows of all tasks in the shares of `mix`."""
     total = sum(mix.values())
@@ -1385,8 +1404,8 @@ def training_pool(count: int, seed: int, shape: dict, mix: dict, length: int, de
 # %%
 def answer_loss(logits: Tensor, batch: Batch) -> Tensor:
     """Mean negative log-likelihood of the answers (prompts and padding count nothing), logits (N, T, V)."""
-    keep = batch.target[:, 1:]
-    return F.cross_entropy(logits[:, :-1][keep].float(), batch.ids[:, 1:][keep])
+    wanted = batch.ids[:, 1:].masked_fill(~batch.target[:, 1:], -100)  # -100: does not count
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), wanted.flatten())
 
 
 def draw(pool: Batch, size: int, generator: torch.Generator) -> Batch:
@@ -1395,24 +1414,55 @@ def draw(pool: Batch, size: int, generator: torch.Generator) -> Batch:
     return Batch(*(t[rows] for t in pool))
 
 
+def by_length(pool: Batch, short: int, batch: int) -> list[tuple[Batch, int]]:
+    """[(rows, how many of them a batch takes)]: those of at most `short` tokens, cut, and the longer ones."""
+    few = pool.real.sum(1) <= short
+    size = round(batch * float(few.float().mean()))
+    return [(Batch(*(t[few, :short] for t in pool)), size), (Batch(*(t[~few] for t in pool)), batch - size)]
+
+
 def base_model(size: dict, seed: int) -> LlamaForCausalLM:
     """A Llama of one of this chapter's sizes with random weights."""
     return lm.causal_lm(lm.causal_config("llama", make_tokenizer(), context=128, **size), seed)
 
 
-def fit_base(model, steps: int, batch: int, lr: float, pool: Batch, seed: int) -> list[float]:
-    """Train all weights; returns the losses."""
-    updater = train.Updater(model, lr, steps=steps, warmup=max(1, steps // 20), weight_decay=0.01)
-    generator = torch.Generator().manual_seed(seed)
-    batches = (draw(pool, batch, generator) for _ in range(steps))
-    return train.fit(updater, batches, lambda m, b: answer_loss(m(b.ids, use_cache=False).logits, b), "base")
+# %%
+def logits_of(model, ids: Tensor) -> Tensor:
+    """Logits (N, T, V) of rows padded on the right, with nothing that a capture forbids."""
+    return model.get_output_embeddings()(graphed.causal_states(model, ids))
 
 
+def trainer(model, loss_of: Callable, steps: int, warmup: int, lr: float, weight_decay: float = 0.0):
+    """A step of AdamW with warm-up and cosine, captured on a GPU."""
+    learns = [p for p in model.parameters() if p.requires_grad]
+    optimizer = graphed.adamw(learns, lr, betas=(0.9, 0.95), weight_decay=weight_decay)
+    rate = lambda i: min(1, (i + 1) / max(1, warmup)) * (0.5 + 0.5 * math.cos(math.pi * i / steps))  # noqa: E731
+    return graphed.GraphedStep(model, loss_of, [optimizer], rate)
+
+
+def mixed_loss(model, *tensors: Tensor) -> Tensor:
+    """`answer_loss` over several batches of different width, given one after the other."""
+    parts = [Batch(*tensors[at : at + 3]) for at in range(0, len(tensors), 3)]
+    counts = torch.stack([part.target[:, 1:].sum() for part in parts])
+    losses = torch.stack([answer_loss(logits_of(model, part.ids), part) for part in parts])
+    return (losses * counts).sum() / counts.sum()
+
+
+def fit_base(model, steps: int, batch: int, lr: float, pool: Batch, seed: int, short: int = 0) -> list[float]:
+    """Train all weights; returns the losses. short: rows up to this length go apart, for less padding."""
+    generator, parts = torch.Generator().manual_seed(seed), [(pool, batch)]
+    parts = by_length(pool, short, batch) if short else parts
+    batches = ([t for part, size in parts for t in draw(part, size, generator)] for _ in range(steps))
+    return trainer(model, mixed_loss, steps, steps // 20, lr, 0.01).fit(batches, "base")
+
+
+# %%
 def train_base(size: dict, shape: dict, mix: dict, pretrain: dict, seed: int = 0) -> dict[str, Any]:
     """The base model from scratch: its weights in two halves (float16) and its losses."""
     model = base_model(size, seed).to(run.device)
     pool = training_pool(pretrain["pool"], seed, shape, mix, pretrain["length"], run.device)
-    losses = fit_base(model, pretrain["steps"], pretrain["batch"], pretrain["lr"], pool, seed)
+    options = {k: v for k, v in pretrain.items() if k not in ("pool", "length")}
+    losses = fit_base(model, pool=pool, seed=seed, **options)
     state = {k: v.half() for k, v in model.state_dict().items() if k != "lm_head.weight"}
     names = list(state)
     half = len(names) // 2
@@ -1507,7 +1557,7 @@ def prepare(model, arm: str, reduction: int, skip: float, batch: Batch):
 # %%
 def flexi_loss(model, batch: Batch, alpha: float) -> Tensor:
     """L_lm + alpha L_skip of a batch (alpha 0: forced arms)."""
-    loss = answer_loss(model(batch.ids, use_cache=False).logits, batch)
+    loss = answer_loss(logits_of(model, batch.ids), batch)
     if not alpha:
         return loss
     gates = torch.stack([layer.last_gate for layer in routed(model)])
@@ -1516,11 +1566,9 @@ def flexi_loss(model, batch: Batch, alpha: float) -> Tensor:
 
 def fit_routers(model, alpha: float, routers: dict, pool: Batch, seed: int) -> list[float]:
     """Train routers and adapters of a converted model; returns the losses."""
-    steps = routers["steps"]
-    updater = train.Updater(model, routers["lr"], steps=steps, warmup=max(1, steps // 30))
-    generator = torch.Generator().manual_seed(seed)
-    batches = (draw(pool, routers["batch"], generator) for _ in range(steps))
-    return train.fit(updater, batches, lambda m, b: flexi_loss(m, b, alpha), "routers")
+    steps, generator = routers["steps"], torch.Generator().manual_seed(seed)
+    step = trainer(model, lambda m, *b: flexi_loss(m, Batch(*b), alpha), steps, steps // 30, routers["lr"])
+    return step.fit((draw(pool, routers["batch"], generator) for _ in range(steps)), "routers")
 
 
 # %% [markdown]

@@ -616,6 +616,22 @@ def test_items_are_disjoint_and_labelled() -> None:
         q.make_items("divide", "test", 5, 0, shape)
 
 
+def test_two_widths_change_the_padding_only() -> None:
+    """The same rows kept apart by length, with one text that holds a special token; the same loss."""
+    items = [q.Item("add", "a 1+2=", "3", "m"), q.Item("copy", "c abc=", "abc<unk>", "ccc"),
+             q.Item("mul", "x 12*3=", "36", "mm"), q.Item("repeat", "r 1 2 34=", "1 2 34", "")]  # fmt: skip
+    tokenizer, model = q.make_tokenizer(), q.base_model(q.SMALL["size"], 0)
+    pool = q.encode(items, tokenizer, 24)
+    for item, ids, real in zip(items, pool.ids, pool.real, strict=True):
+        expected = tokenizer(item.prompt + item.answer, add_special_tokens=False).input_ids
+        assert ids[real].tolist() == [*expected, tokenizer.eos_token_id]
+    (few, a), (many, b) = q.by_length(pool, 10, 4)
+    assert (a, b) == (2, 2) and few.ids.shape == (2, 10) and many.ids.shape == (2, 24)
+    assert torch.equal(few.ids, pool.ids[[0, 2], :10]) and torch.equal(many.target, pool.target[[1, 3]])
+    mixed = q.mixed_loss(model, *few, *many)
+    assert mixed.item() == pytest.approx(q.answer_loss(model(pool.ids).logits, pool).item(), rel=1e-5)
+
+
 def test_rows_and_loss_see_answers_only() -> None:
     tokenizer = q.make_tokenizer()
     items = [q.Item("add", "a 1+2=", "3", "m"), q.Item("copy", "c abc=", "abc", "ccc")]
