@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import types
 
 import pytest
 import torch
@@ -97,6 +99,45 @@ def test_the_bfloat16_copy_follows_its_masters() -> None:
         plain, loss_of, [graphed.adamw((p for p in plain.parameters() if p.requires_grad), 1e-2)], lambda i: 1
     )
     assert losses == pytest.approx(exact.fit(list(batches(1)) * 12), rel=0.03)
+
+
+def test_captures_and_replays_are_the_plain_steps(monkeypatch) -> None:
+    """On a stand-in for CUDA whose capture runs nothing and whose replay runs the step on the kept inputs."""
+
+    def trained(captured: bool):
+        model = tiny()
+        matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "layers" in n]
+        others = [p for n, p in model.named_parameters() if p.ndim != 2 or "layers" not in n]
+        optimizers = [graphed.Muon(matrices, 0.02), graphed.adamw(others, 0.005)]
+        step = graphed.GraphedStep(model, loss_of, optimizers, lambda i: 1 / (1 + i), dtype=torch.bfloat16)
+        step.graphs, update, kept = captured, step._update, []
+        for group, lr in step._rates if captured else []:
+            group["lr"] = torch.tensor(lr)
+
+        class Graph:
+            def replay(self) -> None:
+                self.loss.copy_(update(*self.inputs))
+
+        @contextlib.contextmanager
+        def capture(graph, pool, stream):
+            graph.loss = torch.zeros(())
+            step._update = lambda *inputs: vars(graph).update(inputs=inputs) or graph.loss
+            yield
+            step._update = update
+            kept.append(graph)
+
+        stream = types.SimpleNamespace(wait_stream=lambda other: None)
+        fakes = dict(current_stream=lambda: stream, Stream=lambda: stream, CUDAGraph=Graph, graph=capture,
+                     graph_pool_handle=lambda: 1, stream=lambda _: contextlib.nullcontext())  # fmt: skip
+        for name, fake in fakes.items():
+            monkeypatch.setattr(torch.cuda, name, fake)
+        losses = step.fit(batches(8))
+        assert len(kept) == 2 * captured  # two shapes
+        return losses, list(model.parameters())
+
+    plain, captured = trained(False), trained(True)
+    assert captured[0] == pytest.approx(plain[0], rel=1e-4)
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(plain[1], captured[1], strict=True))
 
 
 def test_a_diverged_run_is_stopped() -> None:
