@@ -159,7 +159,7 @@ S = run.settings(
         size=dict(hidden_size=512, intermediate_size=1408, num_hidden_layers=8, num_attention_heads=8),
         pretrain=dict(steps=500, batch=64, length=512, lr=6e-4),
         recipe=dict(steps=400, batch=32, max_len=512, content=32, doc_tokens=96, lr=3e-4, targets=4),
-        test=dict(papers=0, batch=64, after=0), taus=[0.01, 0.05], when=1500, shapes=QWEN_7B, watch=0,
+        test=dict(papers=0, batch=256, after=0), taus=[0.01, 0.05], when=1500, shapes=QWEN_7B, watch=0,
     ),
 )  # fmt: skip
 S
