@@ -2599,8 +2599,8 @@ print(
 #
 # At the shapes of Qwen2.5-7B (random weights): a prefix of 32,768 tokens, 100 leaves of 400. Reading a
 # prefix of $P$ tokens costs $2NP$ operations for the $N$ parameters of the layers and $2P^2hL$ for causal
-# attention ($h$ the width, $L$ the layers), about $7\cdot10^{14}$; a leaf on top of it some $10^{13}$. So
-# the bound on the gain is about 60.
+# attention ($h$ the width, $L$ the layers); a leaf of $n$ tokens on top of it $2Nn+4nPhL$. Rereading pays for
+# both at every leaf, reuse for the prefix once. The ratio bounds the gain.
 
 
 # %%
@@ -2613,6 +2613,24 @@ QWEN_7B = dict(
     num_key_value_heads=4,
     max_position_embeddings=40_960,
 )
+
+
+# %% tags=["figure", "hide-input"]
+def gain_bound(prefix: int, leaf: int, leaves: float, shape: dict[str, int]) -> tuple[float, float, float]:
+    """Operations of the prefix and of one leaf on top of it, and rereading / reuse for so many leaves."""
+    h, layers = shape["hidden_size"], shape["num_hidden_layers"]
+    shared = shape["num_key_value_heads"] / shape["num_attention_heads"]
+    n = layers * (h * h * (2 + 2 * shared) + 3 * h * shape["intermediate_size"])
+    first = 2 * n * prefix + 2 * prefix**2 * h * layers
+    then = 2 * n * leaf + 4 * leaf * prefix * h * layers
+    return first, then, (first + then) / (first / leaves + then)
+
+
+for length in (32_768, 8_192):
+    first, then, gain = gain_bound(length, 400, 100, QWEN_7B)
+    most = gain_bound(length, 400, math.inf, QWEN_7B)[2]
+    print(f"prefix {length:6,}: {first:.1e} operations, leaf {then:.1e}: at most {gain:.0f} times as fast")
+    print(f"                for 100 leaves, {most:.0f} for any number")
 
 
 # %%
@@ -2884,17 +2902,105 @@ tables.provenance(shown)
 # %% [markdown]
 # ## Verdicts
 #
-# Below the rules of `data/papers/paperbench.yml`, applied to the recorded run (or, while there is none, to
-# this one).
+# Below the rules of `data/papers/paperbench.yml`, applied to the recorded run.
 #
 # What to keep in mind. The toy papers are far below ICML papers, so that agreement of a judge with labels
-# *here* says nothing about a language model on real repositories; that the metric judge is nearly perfect is
-# the point of a benchmark with a nonce, and not to be had where results are noisy. The order of categories
-# is a property of what can be seen in text: a stub shows, a subtle error does not. Code-Dev's R² is decided
-# by the mixture. And c8 counts chapters without a record as gaps: while the book grows, it fails.
+# *here* says nothing about a language model on real repositories; that the metric judge agrees with all of
+# them is the point of a benchmark with a nonce, and not to be had where results are noisy. c4b is decided by
+# the rubric: believed, a cheat earns all leaves of execution and result, so that every one gains the weight
+# of these. Code-Dev's R² is decided by the mixture.
 
 # %% tags=["hide-input"]
 tables.verdicts(shown)
+
+
+# %% [markdown]
+# ### What is not reproduced, and why
+#
+# The numbers behind it, all from the submissions graded above (a *false pass* is a leaf graded 1 whose label
+# is 0), and Code-Dev's R² once more, on submissions drawn with other seeds.
+
+
+# %% tags=["figure", "hide-input"]
+def judges_not_reproduced() -> list[tuple[str, str, str]]:
+    """(claim, what, numbers) behind the claims on judges."""
+    rows, mean = [], lambda metric, judge: float(np.mean(metrics[metric][judge]))
+    if "lm" in JUDGES:
+        rows.append(("c2e", "macro F1 of the language model: papers it learnt from, papers it did not",
+                     f"{mean('lm_seen_f1', 'lm'):.3f}, {mean('judge_macro_f1', 'lm'):.3f}"))  # fmt: skip
+        losses = ", ".join(f"{language[i, 0]['loss']:.3f}" for i in range(len(splits)))
+        rows.append(("c2e", "its loss at the end of training, by rotation (nats per leaf)", losses))
+    for kind in ("development", "execution", "result") if "text_judge" in JUDGES else ():
+        found = [
+            f"{name} {mean('judge_macro_f1_' + kind, name):.3f}"
+            for name in ("linear", "lm")
+            if name in JUDGES
+        ]
+        rows.append(("c2e, c3b", f"macro F1 on {kind} leaves", ", ".join(found)))
+    for category in (DEVELOPMENT, EXECUTION) if "text_judge" in JUDGES else ():
+        cheating = [
+            s.behaviour in CHEATS
+            for s, labels, grades in zip(order, labels_of, JUDGES["text_judge"], strict=True)
+            for (_, n), y, g in zip(toy_rubric(s.paper)[0].leaves(), labels, grades, strict=True)
+            if n.task_category == category and g > y
+        ]
+        rows.append(("c3b", f"false passes of the text judge, {category}; of cheats",
+                     f"{len(cheating)}; {100 * np.mean(cheating):.0f} %" if cheating else "0"))  # fmt: skip
+    return rows
+
+
+def code_dev_not_reproduced(draws: int = 10) -> list[tuple[str, str, str]]:
+    """(claim, what, numbers) behind the claims on Code-Dev; R² of the middle mixture by seed."""
+    found, rows = [], []
+    for number in range(draws):
+        trees = [
+            tree_of(s, list(gold(s).values()))
+            for p in S.papers
+            for s in compose(toy_paper(p), 300 // len(S.papers), 1000 + number, MIXTURES["middle"])
+        ]
+        code, full = [code_dev(t) for t in trees], [t.score for t in trees]
+        found.append(np.corrcoef(code, full)[0, 1] ** 2)
+    rows.append(("c5", f"R² with {draws} other seeds: mean, lowest, highest; below 0.5",
+                 f"{np.mean(found):.3f}, {min(found):.3f}, {max(found):.3f}; "
+                 f"{sum(r < 0.5 for r in found)} of {draws}"))  # fmt: skip
+    kinds = [n.task_category for _, n in toy_rubric(toy_paper(S.papers[0]))[0].leaves()]
+    for category in CATEGORIES:
+        own = kinds.count(category)
+        rows.append(("c5b", f"{category}: leaves, tokens of a prompt",
+                     f"{own} of {len(kinds)}, {tokens['tokens'][category] / own / 4:.0f}"))  # fmt: skip
+    return rows
+
+
+found = judges_not_reproduced() + code_dev_not_reproduced(10 if run.profile != "smoke" else 2)
+weights = toy_rubric(toy_paper(S.papers[0]))[0]
+earned_by_running = sum(w for p, w in weights.path_weights().items()
+                        if dict(weights.leaves())[p].task_category != DEVELOPMENT)  # fmt: skip
+found.append(("c4b", "weight of the leaves of execution and result", f"{earned_by_running:.2f}"))
+tables.grid([dict(zip(("claim", "number", "value"), row, strict=True)) for row in found])
+
+# %% [markdown]
+# *c2e, the small language model.* It has learnt the papers it was trained on and does not carry over to
+# others, where the words of TF-IDF do. And the two do not read the same: for TF-IDF the names of functions
+# are one word and numbers are already compared with the criterion (`masked`), while the language model reads
+# raw text and would have to learn to compare numbers. How much of the gap is that help was not measured. A
+# language model that has read more than a few toy papers is another matter; this says nothing about one.
+#
+# *c3b, execution over development.* The order of the paper needs execution leaves to be easy, since a log
+# tells. Here many logs lie: most of the leaves of execution that the text judge passes wrongly belong to
+# submissions that cheat, and no text shows that. It is the case for running the submission.
+#
+# *c5, Code-Dev is weak: the verdict is luck.* One draw of submissions decides it, and the draw fell a hair
+# below the bound; other draws fall on both sides, with a mean above. The rule, written before, makes it
+# `reproduced`; read it as undecided. That R² falls where more runs fail (the three lines above the scatter
+# plots) is plain.
+#
+# *c5b, Code-Dev is cheap.* Half of the leaves of a toy paper are Code Development, and their prompts are as
+# long as those of execution; only prompts of result leaves are shorter. So the share saved is about that of
+# the other leaves, and no half. It is a property of these rubrics.
+#
+# *c8, every chapter is graded.* It counts chapters without a record as gaps: while the book grows, it fails.
+#
+# *c1c, c1d* need the official rubrics and graded trees, which are not part of this book: not run.
 
 # %% tags=["hide-input"]
 tables.compare_runs(run.recorded(), here)
@@ -3103,6 +3209,10 @@ print("probabilities of 1:", " ".join(f"{p:.4f}" for p in own["probabilities"][:
 # - The sandbox is for honest but buggy code and the attacks listed; it is no boundary against exploits of
 #   the kernel. Time stamps inside it are read by the job itself, which is enough to compare rules and no
 #   evidence.
+# - The experiment has one seed: intervals are over submissions to eight papers, not over drawings of the
+#   submissions or trainings of the judges (three seeds of the language model, printed for the first rotation,
+#   differ by less than its distance to TF-IDF). The token count of c5b is that of four submissions to one
+#   paper.
 # - Tests named by a code leaf are written by the chapter's authors. They can be weak; mutants are how this
 #   book looks for that. The result leaf of c8 judges the grader by its own code; a second scorer of fifty
 #   lines in the tests agrees.
