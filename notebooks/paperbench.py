@@ -2949,6 +2949,7 @@ def judges_not_reproduced() -> list[tuple[str, str, str]]:
     return rows
 
 
+# %% tags=["figure", "hide-input"]
 def code_dev_not_reproduced(draws: int = 10) -> list[tuple[str, str, str]]:
     """(claim, what, numbers) behind the claims on Code-Dev; R² of the middle mixture by seed."""
     found, rows = [], []
