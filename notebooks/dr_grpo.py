@@ -69,17 +69,16 @@ import torch
 from IPython.display import HTML, Code
 from readrun import bench, decode, picker, plots, tables, train
 from readrun.decode import Rollout
+from readrun.onequery import compiled_step
 from readrun.rl import group_advantages, policy_loss
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
-    AttentionInterface,
     AutoModelForCausalLM,
     AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils.logging import disable_progress_bar
 
 run = readrun.start(
@@ -1437,42 +1436,11 @@ def bench_objectives(base, size: dict, rl: dict, speed: dict) -> dict[str, Any]:
 
 
 # %% [markdown]
-# A captured step spares the host; what remains is the GPU's own time. At batch 1024 a profiler found most of
-# it in attention: kernels made for many queries per row, fed one. For one query attention is a dot product
-# and a weighted sum, each a single pass over the cache. Written so, the whole step goes to `torch.compile`,
-# which also merges the many small element-wise kernels. The table below has the step without it as a peer.
-
-
-# %%
-def one_query(module, query, key, value, attention_mask, scaling, **options):
-    """Attention as `transformers` calls it; one query per row as two reductions over the cache.
-
-    query (batch, heads, 1, d); key, value (batch, key heads, length, d); attention_mask (batch, 1, 1, length)
-    is added to the scores; sums in float32 or better. More queries (prompts) go to SDPA.
-    Returns (batch, 1, heads, d) and no weights.
-    """
-    if query.shape[2] > 1:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
-    wide = torch.promote_types(query.dtype, torch.float32)
-    query = query.unflatten(1, (key.shape[1], -1)).to(wide)  # (batch, key heads, group, 1, d)
-    scores = scaling * (query * key[:, :, None].to(wide)).sum(-1) + attention_mask.to(wide)
-    mixed = (scores.softmax(-1)[..., None] * value[:, :, None].to(wide)).sum(-2)
-    return mixed.flatten(1, 2).to(value.dtype)[:, None], None
-
-
-def compiled_step(model, backend: str = "inductor"):
-    """A copy of `model` for `decode.Decoder` whose one-token forward pass is compiled, with `one_query`."""
-    AttentionInterface.register("one_query", one_query)
-    model = copy.deepcopy(model)
-    model.config._attn_implementation = "one_query"
-    prompts, step = model.forward, torch.compile(model.forward, dynamic=False, backend=backend)
-
-    def forward(input_ids, **given):
-        # only the step: its second call finds all as the first left it, so capturing compiles nothing
-        return (step if input_ids.shape[1] == 1 else prompts)(input_ids=input_ids, **given)
-
-    model.forward = forward
-    return model
+# A captured step spares the host; what remains is the GPU's own time, most of it in attention: kernels made
+# for many queries per row, fed one. For one query attention is a dot product and a weighted sum.
+# `readrun.onequery` writes it so in Triton: each key and value that the mask lets a row see is read once,
+# and nothing else. The rest of the step goes to `torch.compile`, which merges the many small element-wise
+# kernels. The table below has the step without it as a peer.
 
 
 # %%

@@ -586,36 +586,3 @@ def test_committed_checkpoints_are_small_and_competent() -> None:
         assert np.mean([q.check_is_right(asked[i // 8], t) for i, t in enumerate(got.texts)]) > 0.95
         assert got.rewards.mean() > 0.15
         assert any("h" in t for t in got.texts) == (puzzle == "main")
-
-
-# ---------------------------------------------------------------- the compiled decode step
-
-
-@pytest.mark.parametrize("heads, kv_heads, length, d", [(4, 4, 40, 16), (6, 2, 37, 24)])
-def test_attention_of_one_query_is_that_of_sdpa(heads, kv_heads, length, d) -> None:
-    torch.manual_seed(length)
-    query, key = torch.randn(3, heads, 1, d), torch.randn(3, kv_heads, length, d)
-    value, seen = torch.randn_like(key), torch.rand(3, length) < 0.5
-    seen[:, 7] = True
-    mask = torch.zeros(3, 1, 1, length).masked_fill(~seen[:, None, None], torch.finfo(torch.float32).min)
-    expected = torch.nn.functional.scaled_dot_product_attention(
-        query.double(), key.double(), value.double(), attn_mask=mask.double(), scale=0.3, enable_gqa=True
-    )
-    found, _ = q.one_query(None, query, key, value, mask, 0.3)
-    torch.testing.assert_close(found.double(), expected.transpose(1, 2), rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("kind", ["llama", "qwen2"])
-def test_the_compiled_step_chooses_the_same_tokens_and_is_compiled_once(kind) -> None:
-    from readrun import decode
-
-    model, tokenizer = tiny(kind)
-    prompts, made = [[3, 4, 5], [4, 5, 6, 7, 8], [9, 3]], dict(eos_id=len(tokenizer), pad_id=0)
-    expected = decode.Decoder(model, 3, 5, 12, **made).generate(prompts, temperature=0.0)
-    graphs: list = []
-    step = q.compiled_step(model, backend=lambda graph, _: graphs.append(graph) or graph)
-    decoder = decode.Decoder(step, 3, 5, 12, **made)
-    for _ in range(2):
-        assert torch.equal(decoder.generate(prompts, temperature=0.0).ids, expected.ids)
-    assert len(graphs) == 1  # prompts are not compiled: capturing must not compile
-    assert model.config._attn_implementation != "one_query" and "forward" not in vars(model)
