@@ -55,7 +55,6 @@ import importlib.util
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import re
 import subprocess
@@ -69,6 +68,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any, NamedTuple
 
+import joblib
 import matplotlib.pyplot as plt
 import numpy as np
 import readrun
@@ -1711,15 +1711,15 @@ def coded_examples(saved: str, count: int, seed: int) -> dict[int, Any]:
 
 
 def example_stream(saved: str, count: int, seed: int, workers: int) -> Generator:
-    """Pools of `count` encoded examples without end, made ahead by `workers` processes (0: here)."""
+    """Pools of `count` encoded examples without end, made ahead by `workers` fresh processes (0: here).
+
+    Fresh, not forked: a fork of a process that holds a CUDA context may end it.
+    """
     make = functools.partial(coded_examples, saved, count)
     if not workers:
         yield from map(make, itertools.count(seed + 1))
-    with multiprocessing.get_context("fork").Pool(workers) as pool:
-        ahead = collections.deque(pool.apply_async(make, (seed + 1 + i,)) for i in range(2 * workers))
-        for number in itertools.count(seed + 1 + 2 * workers):
-            yield ahead.popleft().get()
-            ahead.append(pool.apply_async(make, (number,)))
+    pool = joblib.Parallel(workers, batch_size=1, pre_dispatch="2*n_jobs", return_as="generator")
+    yield from pool(joblib.delayed(make)(number) for number in itertools.count(seed + 1))
 
 
 # %% tags=["hide-input"]

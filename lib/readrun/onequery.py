@@ -20,9 +20,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 try:
     import triton
     import triton.language as tl
-    from triton.language import constexpr
 except ImportError:  # no Triton for this machine: the plain version serves
-    triton = tl = constexpr = None
+    triton = tl = None
 
 
 def jit(function: Callable) -> Any:
@@ -33,9 +32,11 @@ def jit(function: Callable) -> Any:
 @jit
 def attend_kernel(
     q, k, v, mask, out, scaling, heads,
-    LENGTH: constexpr, GROUP: constexpr, QUERIES: constexpr, D: constexpr, WIDTH: constexpr, BLOCK: constexpr,
+    LENGTH: tl.constexpr, GROUP: tl.constexpr, QUERIES: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Softmax over blocks of the cache, rescaled as larger scores appear (online softmax)."""
+    # names here are only what Inductor imports where it writes a kernel down again: `tl.constexpr`, no alias
     row = tl.program_id(0)  # of (batch, key heads)
     d, g, step = tl.arange(0, WIDTH), tl.arange(0, QUERIES), tl.arange(0, BLOCK)
     here = (g < GROUP)[:, None] & (d < D)[None, :]
