@@ -66,8 +66,8 @@ import readrun
 import torch
 import torch.nn.functional as F
 from IPython.display import display
+from readrun import attempts, corpus, decode, graphed, lm, picker, plots, replay, sanitizer, tables
 from readrun import bench as clock
-from readrun import corpus, decode, graphed, lm, picker, plots, sanitizer, tables
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -2220,7 +2220,7 @@ def tune_kernels(speed: dict) -> dict[str, Any]:
     shapes = {"kv": (2 * kv + d // 16, d), "q": (d, d), "qkv": (d + 2 * kv, d), "o": (d, d)}
     shapes |= {"in": (2 * f, d), "out": (d, f)} if cuda else {}
     found: dict[str, Any] = {"blocks": {}, "gb_s": {}, "errors": {}}
-    repeat = max(3, speed["repeats"] // 4)
+    repeat = max(3, speed["repeats"] // 10)  # replays of twenty calls: one takes the GPU less than the host
     for name, (n, k) in shapes.items():
         weights = [(w,) for (w,) in clock.rotate(torch.randn(n, k, device=run.device).to(kind))]
         for rows, count in (("one", 1), ("few", 4)):
@@ -2231,7 +2231,7 @@ def tune_kernels(speed: dict) -> dict[str, Any]:
 
             def ms_of(blocks: Any) -> float:
                 call = functools.partial(product, name, x, out, others, blocks)  # noqa: B023
-                return clock.time(call, inputs=weights, warmup=3, repeat=repeat, device=run.device).median_ms  # noqa: B023
+                return replay.time(call, inputs=weights, warmup=3, repeat=repeat, device=run.device).median_ms  # noqa: B023
 
             best = fastest(
                 ms_of, VARIANTS[rows] if cuda else VARIANTS[rows][:1], found["errors"], f"{rows}/{name}/"
@@ -2277,13 +2277,14 @@ def tune_attention(speed: dict, kind: torch.dtype, errors: dict) -> dict[str, An
     every = torch.ones(batch, dtype=torch.int8, device=run.device)
     half = (torch.arange(batch, device=run.device) % 2).to(torch.int8)
     out = torch.zeros(batch, speed["heads"] * dim, device=run.device, dtype=kind)
+    repeat = max(3, speed["repeats"] // 20)
 
     def ms_of(variant: tuple, active: Tensor = every) -> float:
         block, chunk, warps = variant
         call = functools.partial(
             decode_attn_pred, q, cache, lengths, active, table, table, out, None, block, chunk, warps
         )
-        return clock.time(call, warmup=3, repeat=max(3, speed["repeats"] // 4), device=run.device).median_ms
+        return replay.time(call, warmup=3, repeat=repeat, device=run.device).median_ms
 
     variants = [(64, 512, 4), (64, 1024, 4), (128, 512, 8), (32, 512, 4), (128, 1024, 4), (64, 256, 4)]
     best = fastest(ms_of, variants if run.device == "cuda" else variants[:1], errors, "attention/")
@@ -2390,25 +2391,27 @@ def check_kernels(speed: dict) -> dict[str, Any]:
     }
 
 
-checked = run.unit(check_kernels, speed=S.speed)
+tries = attempts.Attempts(run)  # a measurement that fails on some machine does not end the others
+checked = tries.unit(check_kernels, speed=S.speed)
 if checked.done:
     told = checked["sanitizer_why"] or f"{checked['sanitizer_errors']} errors"
     print(f"largest relative error {checked['worst']:.1e}; compute-sanitizer: {told}")
 
 # %%
-tuned = run.unit(tune_kernels, speed=S.speed)
+tuned = tries.unit(tune_kernels, speed=S.speed)
 timed = {
-    "same": run.unit(same_outputs, speed=S.speed, tuned=tuned),
-    "r1": run.unit(bench, batch=1, ctx=S.speed["contexts"][0], speed=S.speed, tuned=tuned,
+    "same": tries.unit(same_outputs, speed=S.speed, tuned=tuned),
+    "r1": tries.unit(bench, batch=1, ctx=S.speed["contexts"][0], speed=S.speed, tuned=tuned,
                    modes=["dense", "dense_cublas", "predicated", "masked"], peers=True),
-    "r2": run.unit(bench, batch=S.speed["long"][0], ctx=S.speed["long"][1], speed=S.speed, tuned=tuned,
+    "r2": tries.unit(bench, batch=S.speed["long"][0], ctx=S.speed["long"][1], speed=S.speed, tuned=tuned,
                    modes=["dense", "predicated", "masked"], peers=True),
-    "r3": run.unit(bench_prefill, batch=S.speed["prefill"][0], length=S.speed["prefill"][1], speed=S.speed),
-    "sweep": run.unit(bench_sweep, speed=S.speed, tuned=tuned),
+    "r3": tries.unit(bench_prefill, batch=S.speed["prefill"][0], length=S.speed["prefill"][1], speed=S.speed),
+    "sweep": tries.unit(bench_sweep, speed=S.speed, tuned=tuned),
 }  # fmt: skip
 for name, unit in timed.items():
     if unit.done and unit.get("errors"):
         print(name, "did not run:", unit["errors"])
+tries.check()
 
 # %% [markdown]
 # ### Results of this run

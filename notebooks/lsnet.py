@@ -60,7 +60,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
-from readrun import bench, media, picker, plots, sanitizer, tables, train
+from readrun import attempts, bench, graphed, media, picker, plots, replay, sanitizer, tables, train
 from timm.layers import SqueezeExcite, trunc_normal_
 from timm.models import build_model_with_cfg, register_model
 from torch import Tensor, nn
@@ -77,6 +77,7 @@ run = readrun.start(
     "lsnet", profile=profile, seed=seed, seeds=seeds, device=device, checkpoint=checkpoint, only=only, out=out
 )
 plots.style()
+tries = attempts.Attempts(run)  # a network or kernel that fails on some machine does not end the others
 
 # %% [markdown]
 # ## The idea in a picture
@@ -614,12 +615,9 @@ class LKP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         u = F.relu(self.cv3(self.cv2(F.relu(self.cv1(x)))))
         w = self.cv4(u)  # kernel-major, tap-minor channels
-        kind = w.device.type
-        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-            with torch.autocast(kind, enabled=False):  # sums over all positions: never in half precision
-                w = self.norm(w.float())
-        else:
-            w = self.norm(w)
+        if w.dtype != self.norm.weight.dtype:  # under autocast
+            w = w.float()  # sums over all positions: never in half precision
+        w = self.norm(w)
         return w.view(len(w), -1, self.taps, *w.shape[2:])
 
 
@@ -1156,7 +1154,7 @@ def randomise_(model: nn.Module) -> nn.Module:
 
 
 # %%
-checked = {name: run.unit(check_network, name=name) for name in INTEGERS}
+checked = {name: tries.unit(check_network, name=name) for name in INTEGERS}
 named = ("params", "folded", "distilled", "distilled, folded", "MACs", "torch FLOPs")
 done = {name: unit for name, unit in checked.items() if unit.done}
 rows = [
@@ -1359,11 +1357,9 @@ def normalise(images: Tensor) -> Tensor:
 
 def batches(images: Tensor, labels: Tensor, batch: int, steps: int, seed: int) -> Any:
     """`steps` batches (images as float, labels), in an order that only the seed decides."""
-    rng, order = np.random.default_rng(seed), np.empty(0, int)
-    for _ in range(steps):
-        while len(order) < batch:
-            order = np.concatenate([order, rng.permutation(len(images))])
-        rows, order = torch.from_numpy(order[:batch]).to(images.device), order[batch:]
+    rng, epochs = np.random.default_rng(seed), -(-steps * batch // len(images))
+    order = np.concatenate([rng.permutation(len(images)) for _ in range(epochs)])[: steps * batch]
+    for rows in torch.from_numpy(order).to(images.device).view(steps, batch):  # sent once: no step waits
         yield normalise(images[rows]), labels[rows]
 
 
@@ -1385,6 +1381,26 @@ def network_of(arm: str, net: dict, size: int, classes: int) -> LSNet:
     return LSNet(size, mixer=mixer, lks=int(look or 7), stem_stride=4, num_classes=classes, **net)
 
 
+# %% [markdown]
+# A step of such a small network is about a thousand short kernels, which a host starts more slowly than a GPU
+# runs them: `GraphedStep` captures forward, backward and update in one CUDA graph, and replays it.
+
+
+# %%
+def trainer(model: nn.Module, lr: float, steps: int) -> graphed.GraphedStep:
+    """Step of AdamW in bf16 autocast (float32 on a CPU), learning rate with warm-up and cosine."""
+
+    def loss_of(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+        with train.autocast(images.device):
+            return F.cross_entropy(model(images).float(), labels)
+
+    def rate(i: int) -> float:
+        return lr * min(1, (i + 1) / max(1, steps // 20)) * (0.5 + 0.5 * math.cos(math.pi * (i / steps)))
+
+    optimizer = graphed.adamw(model.parameters(), 1.0, betas=(0.9, 0.95), weight_decay=0.05)
+    return graphed.GraphedStep(model, loss_of, [optimizer], rate, dtype=torch.float32)
+
+
 # %%
 def train_mixer(
     task: str, arm: str, seed: int, net: dict, settings: dict, images: int, steps: int, keep: bool
@@ -1401,12 +1417,8 @@ def train_mixer(
     model = model.to(
         where, memory_format=torch.channels_last if where == "cuda" else torch.contiguous_format
     ).train()
-    updater = train.Updater(model, settings["lr"], steps=steps, warmup=max(1, steps // 20), weight_decay=0.05)
-
-    def loss_of(model: nn.Module, batch: Any) -> Tensor:
-        return F.cross_entropy(model(batch[0]).float(), batch[1])
-
-    losses = train.fit(updater, batches(*data[0], settings["batch"], steps, seed), loss_of, f"{task} {arm}")
+    stepper = trainer(model, settings["lr"], steps)
+    losses = stepper.fit(batches(*data[0], settings["batch"], steps, seed), f"{task} {arm}")
     found = dict(accuracy=accuracy(model, *data[1]), loss=np.array(losses, np.float32))
     found |= dict(params=counted["params"], macs=counted["macs"])
     state = {k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}
@@ -1422,7 +1434,7 @@ def trainings() -> dict[tuple[str, str, int], Any]:
     plan += [("d2", arm, s) for arm in S.d2[5:] for s in run.seeds]
     size = {"d2": (S.task["train"], S.task["steps"]), "d1": (S.images_d1, S.steps_d1)}
     return {
-        (task, arm, s): run.unit(
+        (task, arm, s): tries.unit(
             train_mixer, task=task, arm=arm, seed=s, images=size[task][0], steps=size[task][1],
             keep=(task, arm, s) == ("d2", "ls", run.seeds[0]), **common,
         )
@@ -1468,7 +1480,7 @@ def look_inside(base: Any, net: dict, settings: dict, looks: list[int], size: in
     )  # fmt: skip
 
 
-inside = run.unit(
+inside = tries.unit(
     look_inside, base=trained["d2", "ls", run.seeds[0]], net=S.net, settings=S.task, looks=S.look_sizes,
     size=64 if run.profile == "gpu" else 128,
 )  # fmt: skip
@@ -1541,7 +1553,7 @@ def ska_inputs(
     return x, empty_kernels(x, channels // 8, 9).normal_()
 
 
-kernel_check = run.unit(
+kernel_check = tries.unit(
     check_kernels,
     shapes=ska_shapes() if run.profile != "smoke" else [[24, 5]],
     images=4 if run.profile == "gpu" else 2,
@@ -1570,9 +1582,10 @@ def sanitize_kernels() -> dict[str, Any]:
 
 # %% [markdown]
 # Third: which tile? Each is timed on inputs of its own (a tuning run); the choice is then compared with
-# float64 and timed again, on other inputs. The peers are the unfold reference and `torch.compile` of the
-# *shift-and-add* form, the best that one would write without a kernel: nine slices of the padded input,
-# multiplied and added.
+# float64 and timed again, on other inputs. A call takes 10 to 100 µs, less than a host needs to start it: so
+# some twenty calls on rotating inputs are captured in one CUDA graph, and its replays are timed, of every
+# form alike. The peers are the unfold reference and `torch.compile` of the *shift-and-add* form, the best
+# that one would write without a kernel: nine slices of the padded input, multiplied and added.
 
 
 # %%
@@ -1607,8 +1620,7 @@ def tune_tiles(shape: list[int], batch: int) -> dict[str, Any]:
         for kernel, call in kernels_of(x, w).items():
             for tile in tiles:
                 call_it = functools.partial(call, tile=tile)
-                took = bench.time(call_it, inputs=rotated, warmup=3, repeat=15)
-                found[f"{layout} {kernel} {tile}"] = took.median_ms
+                found[f"{layout} {kernel} {tile}"] = replay.time(call_it, inputs=rotated).median_ms
             ms = {tile: found[f"{layout} {kernel} {tile}"] for tile in tiles}
             best.setdefault(layout, {})[kernel] = list(min(ms, key=ms.__getitem__))
     return dict(ms=found, best=best)
@@ -1616,10 +1628,16 @@ def tune_tiles(shape: list[int], batch: int) -> dict[str, Any]:
 
 # %%
 def samples(call: Callable, inputs: list, repeats: int) -> np.ndarray:
-    """Milliseconds over rotating inputs: 10 medians (3 on a CPU) of a tenth of `repeats`, at least of 3."""
-    count_, warm = (10, 20) if run.device == "cuda" else (3, 1)
-    how = dict(inputs=inputs, warmup=warm, repeat=max(3, repeats // 10))
-    return np.array([bench.time(call, **how).median_ms for _ in range(count_)])
+    """Milliseconds over rotating inputs: 3 medians of a tenth of `repeats`, at least of 3.
+
+    On a GPU 10 medians of a twentieth of `repeats` replays, divided by the calls in one.
+    """
+    if run.device != "cuda":
+        how = dict(inputs=inputs, warmup=1, repeat=max(3, repeats // 10))
+        return np.array([bench.time(call, **how).median_ms for _ in range(3)])
+    many, count_ = replay.together(call, inputs)
+    how = dict(warmup=1, repeat=max(3, repeats // 20))
+    return np.array([bench.time(many, **how).median_ms for _ in range(10)]) / count_
 
 
 # %%
@@ -1659,9 +1677,9 @@ def bench_ska(shape: list[int], tiles: Any, ska_settings: dict) -> dict[str, Any
 
 
 # %%
-tuned = {n: run.unit(tune_tiles, shape=shape, batch=S.ska["batch"]) for n, shape in S.ska["shapes"].items()}
+tuned = {n: tries.unit(tune_tiles, shape=shape, batch=S.ska["batch"]) for n, shape in S.ska["shapes"].items()}
 timed = {
-    n: run.unit(
+    n: tries.unit(
         bench_ska, shape=shape, tiles=tuned[n], ska_settings={k: S.ska[k] for k in ("batch", "repeats")}
     )
     for n, shape in S.ska["shapes"].items()
@@ -1770,9 +1788,9 @@ def throughput(
                 call(x)
             ms = each_ms(functools.partial(call, x), repeats, device)  # a batch is far larger than the L2
             break
-        except RuntimeError:  # out of memory, or more elements than a library can index
-            if batch == 1:
-                raise
+        except RuntimeError as error:  # out of memory, or more elements than a library can index
+            if batch == 1 or (compiled and not isinstance(error, torch.OutOfMemoryError)):
+                raise  # what does not compile does not compile for smaller batches either
         x = None  # here, where no traceback holds tensors any more
         torch.cuda.empty_cache()
         batch //= 2
@@ -1795,7 +1813,8 @@ def bench_network(name: str, protocol: str, speed: dict) -> dict[str, Any]:
     best: dict[str, Any] = {}
     model, folded = ready_for_inference(name, speed["size"], run.device)
     layouts = {"a": ["nchw"], "b": ["nchw", "nhwc"], "compiled": ["nhwc"]}[protocol]
-    with torch.backends.cudnn.flags(enabled=True, benchmark=protocol != "a", allow_tf32=True):
+    # cuDNN chooses by its heuristics: to try each algorithm at each shape takes minutes for twenty networks
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=True):
         for layout in layouts:
             found = throughput(model, layout=layout, **options) | dict(layout=layout, folded=folded)
             best = max(best, found, key=lambda row: row.get("images_s", 0))
@@ -1805,7 +1824,7 @@ def bench_network(name: str, protocol: str, speed: dict) -> dict[str, Any]:
 # %% tags=["hide-input"]
 wanted = dict(a=S.models, b=S.modern, compiled=S.compiled)
 nets = {
-    (protocol, name): run.unit(bench_network, name=name, protocol=protocol, speed=S.speed)
+    (protocol, name): tries.unit(bench_network, name=name, protocol=protocol, speed=S.speed)
     for protocol, names in wanted.items()
     for name in (EVERY if names == "all twenty" else names)
 }
@@ -1877,11 +1896,12 @@ def training_step(batch: int, speed: dict) -> dict[str, Any]:
     return out
 
 
-shares = run.unit(profile_ops, name="lsnet_t", speed=S.speed)
-stepped = run.unit(training_step, batch=S.ska["train_batch"], speed=S.speed)
-sanitized = run.unit(sanitize_kernels)
+shares = tries.unit(profile_ops, name="lsnet_t", speed=S.speed)
+stepped = tries.unit(training_step, batch=S.ska["train_batch"], speed=S.speed)
+sanitized = tries.unit(sanitize_kernels)
 if sanitized.done:
     print("compute-sanitizer:", sanitized["why"] or f"{sanitized['errors']} errors")
+tries.check()
 
 # %% [markdown]
 # ### Results of this run
