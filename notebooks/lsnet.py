@@ -153,7 +153,7 @@ S = run.settings(
         task=dict(size=64, classes=200, train=100_000, test=10_000, steps=800, batch=512, lr=2e-3),
         images_d1=100_000, steps_d1=200, models="all twenty", modern="all twenty",
         compiled=["lsnet_t", "efficientvit_m3", "lsnet_b", "repvit_m1_1"],
-        speed=dict(size=224, max_batch=4096, modern_batch=1024, repeats=6, warmup=2),
+        speed=dict(size=224, max_batch=4096, modern_batch=1024, repeats=5, warmup=1),
         ska=dict(batch=256, repeats=100, train_batch=512,
                  shapes={"b28": [128, 28], "b14": [256, 14], "b7": [384, 7]}),
         look_sizes=[3, 7], play=dict(row=[0, 1, 2], column=[0, 1, 2, 3]),
@@ -1429,9 +1429,10 @@ def train_mixer(
 def trainings() -> dict[tuple[str, str, int], Any]:
     """Units of all trainings, the most important arms first."""
     common = dict(net=S.net, settings=S.task)
-    plan = [("d2", arm, s) for arm in S.d2[:5] for s in run.seeds]
-    plan += [("d1", arm, s) for arm in (*S.d1, *(f"ls_k{k}" for k in S.kernel_sizes)) for s in run.seeds]
-    plan += [("d2", arm, s) for arm in S.d2[5:] for s in run.seeds]
+    d1, plan = [*S.d1, *(f"ls_k{k}" for k in S.kernel_sizes)], list[tuple[str, str, int]]()
+    for part in (run.seeds[:3], run.seeds[3:]):  # what is cut short has three seeds of every arm
+        for task, arms in (("d2", S.d2[:5]), ("d1", d1), ("d2", S.d2[5:])):
+            plan += [(task, arm, s) for arm in arms for s in part]
     size = {"d2": (S.task["train"], S.task["steps"]), "d1": (S.images_d1, S.steps_d1)}
     return {
         (task, arm, s): tries.unit(
