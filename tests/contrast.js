@@ -3,13 +3,18 @@
   const canvas = document.createElement("canvas");
   canvas.width = canvas.height = 1;
   const paint = canvas.getContext("2d", { willReadFrequently: true });
-  const rgba = (colour) => {
+  const known = new Map(), beneath = new Map();  // a page has few colours, and asking the canvas is slow
+  const once = (memory, key, make) => {
+    if (!memory.has(key)) memory.set(key, make(key));
+    return memory.get(key);
+  };
+  const rgba = (colour) => once(known, colour, () => {
     paint.clearRect(0, 0, 1, 1);
     paint.fillStyle = colour;
     paint.fillRect(0, 0, 1, 1);
     const [r, g, b, a] = paint.getImageData(0, 0, 1, 1).data;
     return [r, g, b, a / 255];
-  };
+  });
   const over = (top, below) => top.slice(0, 3).map((c, i) => c * top[3] + below[i] * (1 - top[3])).concat(1);
   const behind = (element) => {
     const layers = [];
@@ -34,7 +39,7 @@
     const text = walk.currentNode.textContent.trim(), element = walk.currentNode.parentElement;
     if (!text || element.closest("script, style, noscript, mjx-assistive-mml, .visually-hidden, .rr-live")) continue;
     if (!element.checkVisibility({ visibilityProperty: true, opacityProperty: true })) continue;
-    const style = getComputedStyle(element), below = behind(element);
+    const style = getComputedStyle(element), below = once(beneath, element, behind);
     counted += 1;
     const [a, b] = [light(over(rgba(style.color), below)), light(below)];
     const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);

@@ -24,6 +24,11 @@ from PIL import Image
 from readrun import media, plots, tables
 
 
+@pytest.fixture(autouse=True)
+def as_published(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("READRUN_PROFILE", "cpu")
+
+
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     monkeypatch.setenv("READRUN_HEADLESS", "1")
@@ -133,6 +138,47 @@ def test_same_figure_gives_the_same_bytes(shown: list) -> None:
         ax.plot([1, 2])
         plots.show(figure, alt="A line")
     assert shown[0] == shown[1]
+
+
+def test_smoke_draws_all_but_small(
+    shown: list, run: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its pictures are for nobody: the same figure, an eighth of the pixels; other profiles are as ever."""
+
+    def figure() -> Any:
+        made, ax = plt.subplots(figsize=(4, 3), dpi=100)
+        ax.plot([1, 2])
+        return made
+
+    sizes = {}
+    for profile in ("smoke", "cpu", "gpu"):
+        monkeypatch.setenv("READRUN_PROFILE", profile)
+        plots.show(figure(), alt="A line")
+        media.picture(run, f"{profile}.webp", figure(), alt="A line")
+        png = Image.open(io.BytesIO(base64.b64decode(shown[-1][0]["image/png"])))
+        sizes[profile] = png.size, Image.open(run.media / f"{profile}.webp").size
+    assert sizes == {"smoke": ((200, 150),) * 2, "cpu": ((800, 600), (520, 390)), "gpu": sizes["cpu"]}
+    assert shown[0][1] == shown[1][1], "the words and the width on the page are the same"
+
+
+def test_a_page_has_each_picture_once(shown: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run that is the record: its figure comes once, then a line says so. Live, a cell runs again."""
+
+    def show(top: float, caption: str) -> dict:
+        figure, ax = plt.subplots()
+        ax.plot([1, top])
+        plots.show(figure, alt="A line", caption=caption)
+        return shown[-1][0]
+
+    monkeypatch.setattr(plots, "_shown", {})
+    assert all("image/png" in show(2, "live") for _ in range(2))
+    monkeypatch.setattr(media, "for_a_page", lambda: True)
+    assert "image/png" in show(2, "This run <gpu>.") and "image/png" in show(3, "Another.")
+    again = show(2, "Recorded.")
+    assert "image/png" not in again
+    assert "Recorded. The same picture as above (“This run &lt;gpu&gt;.”)." in again["text/html"]
+    monkeypatch.setenv("READRUN_PROFILE", "smoke")
+    assert all("image/png" in show(2, "small") for _ in range(2))
 
 
 def test_stage_turns_pictures_into_files_and_fills_in_addresses(shown: list, tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ def environment(profile: str, checkpoint: str = "") -> dict[str, str]:
     return dict.fromkeys(one, "1") | {
         "HF_HUB_OFFLINE": offline, "HF_DATASETS_OFFLINE": offline, "TOKENIZERS_PARALLELISM": "false",
         "PYTHONHASHSEED": "0", "CUBLAS_WORKSPACE_CONFIG": ":4096:8", "READRUN_HEADLESS": "1",
-        "PYTHONPATH": os.pathsep.join([str(paths.library().parent), *inherited]),
+        "READRUN_PROFILE": profile, "PYTHONPATH": os.pathsep.join([str(paths.library().parent), *inherited]),
     }  # fmt: skip
 
 
@@ -123,6 +123,33 @@ def _where(executed: Path) -> int | None:
     return max((i for i, time in enumerate(times, 1) if time.get("start_time")), default=None)
 
 
+def _engine() -> str:
+    """Name of a papermill engine that writes the notebook at most once a second, and when it ends.
+
+    Papermill's own writes it whole at the start and the end of every cell: 4 s of a chapter's smoke run.
+    """
+    from papermill import engines
+
+    class Sparing(engines.NBClientEngine):
+        @classmethod
+        def execute_managed_notebook(cls, nb_man: Any, *arguments: Any, **named: Any) -> Any:
+            whole, due = nb_man.save, [0.0]
+
+            def save(**changed: Any) -> None:
+                if time.monotonic() >= due[0]:
+                    whole(**changed)
+                    due[0] = time.monotonic() + 1
+
+            nb_man.save = save
+            try:
+                return super().execute_managed_notebook(nb_man, *arguments, **named)
+            finally:
+                nb_man.save = whole
+
+    engines.papermill_engines.register("readrun", Sparing)
+    return "readrun"
+
+
 def execute(
     slug: str, *, profile: str, folder: Path, seed: int = 0, seeds: int = 0, only: str = "",
     limit: float | None = None, parameters: dict[str, Any] | None = None, expect: str = "",
@@ -163,8 +190,8 @@ def execute(
 
             os.environ.update(environment(profile, str(given.get("checkpoint", ""))))
             papermill.execute_notebook(
-                folder / "input.ipynb", executed, given, kernel_name="readrun", progress_bar=False,
-                log_output=True, cwd=paths.notebook(slug).parent,
+                folder / "input.ipynb", executed, given, kernel_name="readrun", engine_name=_engine(),
+                progress_bar=False, log_output=True, cwd=paths.notebook(slug).parent,
             )  # fmt: skip
     except Exception as error:  # whatever it was, it belongs to this chapter alone
         outcome |= _failure(error, watch.expired, limit) | {"cell": _where(executed)}

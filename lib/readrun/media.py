@@ -16,12 +16,27 @@ from typing import Any
 
 import numpy as np
 
+DRAFT_DPI = 50
+LIGHTLY = {"compress_level": 1}  # what is read again at once
+
 
 def headless() -> bool:
     """Is nobody watching (papermill, nbval, a script)? Then files are referred to, not embedded."""
     from IPython.core.getipython import get_ipython
 
     return bool(os.environ.get("READRUN_HEADLESS")) or not hasattr(get_ipython(), "kernel")
+
+
+def for_a_page() -> bool:
+    """Does a kernel run this from top to bottom, to be published? (Live, a cell may be run again.)"""
+    from IPython.core.getipython import get_ipython
+
+    return bool(os.environ.get("READRUN_HEADLESS")) and hasattr(get_ipython(), "kernel")
+
+
+def draft() -> bool:
+    """Is this the smoke profile, whose pictures nobody reads? Then they are drawn small and packed fast."""
+    return os.environ.get("READRUN_PROFILE") == "smoke"
 
 
 def figure(run: Any, file: str, tag: str, alt: str, caption: str) -> Any:
@@ -47,7 +62,7 @@ def pixels(image: Any, dpi: int = 130) -> Any:
         import matplotlib.pyplot as plt
 
         buffer = io.BytesIO()
-        image.savefig(buffer, dpi=dpi, facecolor="white")
+        image.savefig(buffer, dpi=DRAFT_DPI if draft() else dpi, facecolor="white", pil_kwargs=LIGHTLY)
         plt.close(image)
         image = Image.open(buffer)
     if not isinstance(image, Image.Image):
@@ -65,7 +80,7 @@ def _path(run: Any, file: str) -> Path:
 def picture(run: Any, file: str, image: Any = None, *, alt: str, caption: str = "") -> Any:
     """Show `file` (.webp) of the run's media, saving `image` there first: whatever `pixels` takes."""
     if image is not None:
-        pixels(image).save(_path(run, file), "WEBP", quality=80, method=6)
+        pixels(image).save(_path(run, file), "WEBP", quality=80, method=0 if draft() else 6)
     return figure(run, file, '<img src="{src}" alt="{alt}" loading="lazy">', alt, caption)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Sequence
+from html import escape
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ PALETTE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#5
 LINES = ["-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), "-"]
 LIMIT = 60_000  # bytes of one picture inside a notebook
 SIZES = ((200, 256), (200, 64), (140, 48), (100, 24), (70, 12), (50, 12))  # (dpi, colours), sharp first
+_shown: dict[bytes, tuple[Any, str]] = {}  # what this page has: picture, its figure and caption
 
 
 def style() -> None:
@@ -75,16 +77,23 @@ def show(fig: Any, alt: str = "", caption: str = "") -> None:
     """Display and close a figure; `alt` (required) is for who cannot see it, `caption` stands below.
 
     The words travel in the output's metadata; `media.stage` turns them into `<figure><img alt><figcaption>`.
+    A page has each picture once: where the run shown is the record, its second picture is a line of text.
     """
     from IPython.display import display
 
     if not alt.strip():
         raise ValueError("show(fig, alt=...): alt text is required")
-    for dpi, colors in SIZES:
+    small = media.draft()
+    for dpi, colors in SIZES[-1:] if small else SIZES:
         image, png = media.pixels(fig, dpi), io.BytesIO()
-        image.quantize(colors, dither=0).save(png, "PNG", optimize=True)
+        image.quantize(colors, dither=0).save(png, "PNG", optimize=not small)
         if png.tell() <= LIMIT:
             break
+    if media.for_a_page() and not small:
+        if (first := _shown.setdefault(png.getvalue(), (fig, caption)))[0] is not fig:
+            words = f"{caption} The same picture as above" + (f" (“{first[1]}”)." if first[1] else ".")
+            plain = {"text/html": f'<p class="rr-same">{escape(words.strip())}</p>', "text/plain": words}
+            return display(plain, raw=True, metadata={})
     data = {"image/png": base64.b64encode(png.getvalue()).decode(), "text/plain": f"[figure] {alt}"}
     meta = {"alt": alt, "caption": caption, "width": round(fig.get_figwidth() * 100)}
     display(data, raw=True, metadata={"image/png": meta})
