@@ -63,7 +63,7 @@ import numpy as np
 import readrun
 import torch
 import torch.nn.functional as F
-from readrun import bench, cogvideox, lm, media, picker, plots, tables, train
+from readrun import bench, capture, cogvideox, lm, media, picker, plots, tables, train
 from readrun import decode as decode_lm
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -149,7 +149,7 @@ S = run.settings(
         from_checkpoint=False,
         size=dict(pixels=48, width=256, heads=8, depth=6, patch=2, n_text=8),
         lm_size=dict(width=384, depth=6, heads=6),
-        decoder=dict(pool=12000, steps=4000, batch=96, lr=6e-4),
+        decoder=dict(pool=12000, steps=4000, batch=96, lr=6e-4, streams=True),
         mllm=dict(steps=3000, batch=128, lr=6e-4, games=6000),
         adapt=dict(games=3000, steps=300, batch=96, lr=2e-4),
         test=dict(games=200, turns=10, steps=20, guidance=1.5, shots=640),
@@ -734,9 +734,14 @@ def decoder_loss(decoder, video: Tensor, s_a: Tensor, f_ms: Tensor, t: Tensor, n
     """
     if not torch.isfinite(video).all():
         raise ValueError("video: finite values are accepted")
-    model, extra = decoder.diffusion, scope_input(decoder, s_a, f_ms)
-    latents = model.codec.encode(video)
-    return cogvideox.velocity_loss(model, latents, s_a, timesteps=t, noise=noise, **extra)
+    scope_input(decoder, s_a, f_ms)
+    return shot_loss(decoder, video, s_a, f_ms, t, noise)
+
+
+def shot_loss(decoder, video: Tensor, s_a: Tensor, f_ms: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+    """`decoder_loss` of what was checked: no value steers it, so that a GPU can capture it."""
+    model, extra = decoder.diffusion, {"ofs": f_ms} if decoder.scope else {}
+    return cogvideox.velocity_loss(model, model.codec.encode(video), s_a, timesteps=t, noise=noise, **extra)
 
 
 @torch.no_grad()
@@ -753,39 +758,60 @@ def decode(decoder, s_a: Tensor, f_ms: Tensor, steps: int = 20, guidance: float 
 
 
 # %%
-def shot_pool(n: int, size: int, seed: int) -> dict[str, Tensor]:
+def drawn_shots(part: tuple[np.ndarray, int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Videos as bytes and measured f_ms of (fact rows, size, seed): arrays in and out, for `spread`."""
+    facts, size, seed = part
+    video = render(torch.from_numpy(facts), size, seed)
+    return (255 * video).round().byte().numpy(), motion_scope(video).numpy()
+
+
+def draw_shots(parts: Sequence[tuple[Tensor, int]], size: int, device: Any) -> tuple[Tensor, Tensor]:
+    """(videos as bytes (n, T, 3, S, S), f_ms (n,)) of parts (fact rows, seed), beside a GPU on many cores."""
+    jobs = [(facts.numpy(), size, seed) for facts, seed in parts]
+    videos, scopes = zip(*capture.spread(drawn_shots, jobs, device), strict=True)
+    return torch.from_numpy(np.concatenate(videos)), torch.from_numpy(np.concatenate(scopes))
+
+
+def shot_pool(n: int, size: int, seed: int, device: Any = "cpu") -> dict[str, Tensor]:
     """n rendered shots: facts (n, 8), videos as bytes (n, T, 3, S, S), measured f_ms (n,)."""
     facts = random_facts(n, torch.Generator().manual_seed(seed))
-    parts = [render(part, size, seed + i) for i, part in enumerate(facts.split(500))]
-    scopes = torch.cat([motion_scope(part) for part in parts])
-    return {"facts": facts, "video": torch.cat([(255 * p).round().byte() for p in parts]), "f_ms": scopes}
+    parts = [(part, seed + i) for i, part in enumerate(facts.split(500))]
+    video, scopes = draw_shots(parts, size, device)
+    return {"facts": facts, "video": video, "f_ms": scopes}
 
 
+# %%
 def train_decoder_steps(
-    decoder, pool: dict[str, Tensor], steps: int, batch: int, lr: float, seed: int
+    decoder, pool: dict[str, Tensor], steps: int, batch: int, lr: float, seed: int, streams: bool = False
 ) -> list[float]:
-    """Phase (a): encoder parts and transformer together, a tenth of the conditions zero. Returns losses."""
-    device = next(decoder.parameters()).device
-    rng = torch.Generator().manual_seed(seed)
+    """Phase (a): encoder parts and transformer together, a tenth of the conditions zero. Returns losses.
+
+    streams: every step draws from a random stream of its own, so that several threads can draw ahead.
+    """
+    device, one = next(decoder.parameters()).device, torch.Generator().manual_seed(seed)
     pool = {k: v.to(device) for k, v in pool.items()}
-    updater = train.Updater(decoder, lr, steps=steps, warmup=max(1, steps // 20), weight_decay=0.01)
 
-    def batches():
-        for _ in range(steps):
-            rows = torch.randint(len(pool["facts"]), (batch,), generator=rng)
-            t = torch.randint(1000, (batch,), generator=rng).to(device)
-            keep = (torch.rand(batch, generator=rng) > 0.1).to(device)[:, None, None]
-            yield {k: v[rows.to(device)] for k, v in pool.items()}, t, keep
+    def draw(step: int) -> tuple[Tensor, ...]:
+        rng = torch.Generator().manual_seed(1_000_000 * (seed + 1) + step) if streams else one
+        rows = torch.randint(len(pool["facts"]), (batch,), generator=rng)
+        t = torch.randint(1000, (batch,), generator=rng)
+        keep = (torch.rand(batch, generator=rng) > 0.1)[:, None, None]
+        return rows, t, keep, torch.randn(batch, *decoder.diffusion.shape, generator=rng)
 
-    def loss_of(model, data):
-        shots, t, keep = data
+    def loss_of(model, rows: Tensor, t: Tensor, keep: Tensor, noise: Tensor) -> Tensor:
+        shots = {k: v[rows] for k, v in pool.items()}
         video = shots["video"].float() / 255
         text, seen = model.features(motion_ids(shots["facts"], model.n_text), video[:, 0])
         s_a = model.encoder(text * keep, seen * keep)
-        noise = torch.randn(len(t), *model.diffusion.shape, generator=rng).to(device)
-        return decoder_loss(model, video, s_a, shots["f_ms"], t, noise)
+        return shot_loss(model, video, s_a, shots["f_ms"], t, noise)
 
-    return train.fit(updater, batches(), loss_of, "decoder")
+    trainer = capture.Trainer(
+        decoder, loss_of, lr, steps=steps, warmup=max(1, steps // 20), weight_decay=0.01
+    )
+    drawn = capture.ahead(draw, steps, capture.threads(device, 4 if streams else 1))
+    for data in train.progress(drawn, "decoder"):
+        trainer(*(v.to(device) for v in data))
+    return trainer.losses()
 
 
 # %% [markdown]
@@ -1101,7 +1127,7 @@ class ShotModel(nn.Module):
             raise ValueError(
                 f"history_sa: {(*history_slots.shape, self.dim)} is accepted, not {tuple(history_sa.shape)}"
             )
-        shots = self.input_projector(history_sa).flatten(1, 2).to(x.dtype)
+        shots = self.input_projector(history_sa.to(x.dtype)).flatten(1, 2).to(x.dtype)
         return x.scatter(1, history_slots.flatten(1)[..., None].expand_as(shots), shots)
 
     def hidden(self, batch: dict[str, Tensor], **options) -> Any:
@@ -1123,12 +1149,15 @@ class GameMLLM(ShotModel):
     """`ShotModel` with its loss and its two predictions."""
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """loss = ce + mse: next-token cross entropy over labels, squared error of s_a against target_sa."""
-        hidden = self.hidden(batch, use_cache=False).last_hidden_state
-        labels = batch["labels"][:, 1:].flatten()
-        at = labels >= 0
-        logits = self.llm.lm_head(hidden[:, :-1].flatten(0, 1)[at]).float()
-        ce = F.cross_entropy(logits, labels[at])
+        """loss = ce + mse: next-token cross entropy over labels, squared error of s_a against target_sa.
+
+        Rows of one shape have their labels in the same places: those of the first row, or `at`, which a
+        captured step gives, for it may not look at values.
+        """
+        hidden, labels = self.hidden(batch, use_cache=False).last_hidden_state, batch["labels"]
+        at = batch["at"] if "at" in batch else (labels[0] >= 0).nonzero()[:, 0]
+        logits = self.llm.lm_head(hidden.index_select(1, at - 1).flatten(0, 1)).float()
+        ce = F.cross_entropy(logits, labels.index_select(1, at).flatten())
         mse = F.mse_loss(self.read(hidden, batch["query_slots"]).float(), batch["target_sa"].float())
         return {"loss": ce + mse, "ce": ce, "mse": mse}
 
@@ -1217,6 +1246,34 @@ def game_sequences(
 
 
 # %%
+def turn_batch(
+    games: Games, s_a: Tensor, turns: int, tokenizer, n_query: int, history: bool
+) -> dict[str, Tensor]:
+    """The batch whose current turn is the last of `turns`, of games and their true shots s_a (n, k, N, D)."""
+    window = min(4, turns - 1) if history else 0
+    seqs = game_sequences(games, turns - 1, tokenizer, n_query, window)
+    batch = as_batch(seqs, s_a[:, turns - 1 - window : turns - 1], s_a[:, turns - 1])
+    return batch | {"at": (seqs[0].labels >= 0).nonzero()[:, 0].to(s_a.device)}
+
+
+def mllm_batches(decoder, tokenizer, n_query: int, options: dict, seed: int, history: bool):
+    """Batches of `train_mllm_steps`; a pool of games is made into rows of tokens once."""
+    rng, whole = np.random.default_rng(seed), {}
+    if options["games"]:
+        pool = make_games(options["games"], 5, 1000 + seed)
+        known = encode_games(decoder, pool, seed)
+        whole = {n: turn_batch(pool, known, n, tokenizer, n_query, history) for n in range(1, 6)}
+    for i in range(options["steps"]):
+        turns = int(rng.integers(1, 6))
+        if not whole:
+            games = make_games(options["batch"], turns, int(rng.integers(2**31)))
+            yield turn_batch(games, encode_games(decoder, games, i), turns, tokenizer, n_query, history)
+            continue
+        rows = torch.from_numpy(rng.integers(options["games"], size=options["batch"])).to(known.device)
+        yield {name: v if name == "at" else v[rows] for name, v in whole[turns].items()}
+
+
+# %%
 def train_mllm_steps(
     mllm, decoder, tokenizer, options: dict, seed: int, history: bool = True
 ) -> list[list[float]]:
@@ -1225,32 +1282,24 @@ def train_mllm_steps(
     options: steps, batch, lr, games. Every batch holds games of one length, 1 to 5 turns with equal weights
     (history False: their last turn alone), from a pool of `games` games; 0: fresh ones.
     """
-    steps, batch = options["steps"], options["batch"]
-    updater = train.Updater(mllm, options["lr"], steps=steps, warmup=max(1, steps // 20), weight_decay=0.01)
-    rng, curve = np.random.default_rng(seed), []
-    pool = make_games(options["games"], 5, 1000 + seed) if options["games"] else None
-    known = encode_games(decoder, pool, seed) if pool else None
+    names = ("input_ids", "history_slots", "query_slots", "labels", "history_sa", "target_sa", "at")
+    found, curve = torch.zeros(2, device=next(mllm.parameters()).device), []
 
-    def batches():
-        for i in range(steps):
-            turns = int(rng.integers(1, 6))
-            if pool is None:
-                games = make_games(batch, turns, int(rng.integers(2**31)))
-                s_a = encode_games(decoder, games, i)
-            else:
-                rows = torch.from_numpy(rng.integers(options["games"], size=batch))
-                games = Games(*(field[rows, :turns] for field in pool))
-                s_a = known[rows.to(known.device), :turns]
-            window = min(4, turns - 1) if history else 0
-            seqs = game_sequences(games, turns - 1, tokenizer, mllm.n_query, window)
-            yield as_batch(seqs, s_a[:, turns - 1 - window : turns - 1], s_a[:, turns - 1])
-
-    def loss_of(model, data):
-        out = model(data)
-        curve.append(torch.stack([out["ce"].detach(), out["mse"].detach()]))
+    def loss_of(model, *tensors: Tensor) -> Tensor:
+        out = model(dict(zip(names, tensors, strict=True)))
+        found.copy_(torch.stack([out["ce"].detach(), out["mse"].detach()]))  # a replay leaves it there too
         return out["loss"]
 
-    train.fit(updater, batches(), loss_of, "mllm")
+    steps = options["steps"]
+    trainer = capture.Trainer(mllm, loss_of, options["lr"], steps=steps, warmup=max(1, steps // 20),
+                              weight_decay=0.01)  # fmt: skip
+    if trainer.network is not mllm:
+        trainer.network.output_projector.float()  # a squared error in bfloat16 is noisy
+    batches = mllm_batches(decoder, tokenizer, mllm.n_query, options, seed, history)
+    for batch in train.progress(batches, "mllm"):
+        trainer(*(batch[name] for name in names))
+        curve.append(found.clone())
+    trainer.losses()  # not finite: an error
     return torch.stack(curve).tolist() if curve else []
 
 
@@ -1274,7 +1323,7 @@ def parameter_hash(module: nn.Module) -> str:
 @torch.no_grad()
 def adaptation_data(mllm, decoder, tokenizer, n: int, seed: int, history: bool = True) -> dict[str, Tensor]:
     """About n training turns, of games of 1 to 5: predicted s_a, true videos as bytes, measured f_ms."""
-    parts: dict[str, list] = {"s_a": [], "video": [], "f_ms": []}
+    device, predicted, parts = next(decoder.parameters()).device, [], []
     for turns in range(1, 6):
         games = make_games(max(1, n // 5), turns, seed + turns)
         window = min(4, turns - 1) if history else 0
@@ -1283,11 +1332,10 @@ def adaptation_data(mllm, decoder, tokenizer, n: int, seed: int, history: bool =
             some = Games(*(field[rows] for field in games))
             seqs = game_sequences(some, turns - 1, tokenizer, mllm.n_query, window)
             found = mllm.predict(as_batch(seqs, s_a[rows][:, turns - 1 - window : turns - 1]), 1)[0]
-            video = render(some.facts[:, -1], decoder.pixels, seed + int(rows[0]))
-            parts["s_a"].append(found.cpu())
-            parts["video"].append((255 * video).round().byte())
-            parts["f_ms"].append(motion_scope(video))
-    return {k: torch.cat(v) for k, v in parts.items()}
+            predicted.append(found.cpu())
+            parts.append((some.facts[:, -1], seed + int(rows[0])))
+    video, scopes = draw_shots(parts, decoder.pixels, device)
+    return {"s_a": torch.cat(predicted), "video": video, "f_ms": scopes}
 
 
 # %%
@@ -1301,20 +1349,22 @@ def adapt_decoder(decoder, mllm, data: dict[str, Tensor], steps: int, batch: int
     own = copy.deepcopy(decoder).requires_grad_(False)
     own.transformer.requires_grad_(True)
     device, rng = next(own.parameters()).device, torch.Generator().manual_seed(seed)
-    updater = train.Updater(own, lr, steps=steps, warmup=max(1, steps // 10))
+    data = {k: v.to(device) for k, v in data.items()}
 
-    def batches():
-        for _ in range(steps):
-            rows = torch.randint(len(data["s_a"]), (batch,), generator=rng)
-            t = torch.randint(1000, (batch,), generator=rng).to(device)
-            yield {k: v[rows].to(device) for k, v in data.items()}, t
+    def draw(step: int) -> tuple[Tensor, ...]:
+        rows = torch.randint(len(data["s_a"]), (batch,), generator=rng)
+        t = torch.randint(1000, (batch,), generator=rng)
+        return rows, t, torch.randn(batch, *own.diffusion.shape, generator=rng)
 
-    def loss_of(model, drawn):
-        rows, t = drawn
-        noise = torch.randn(len(t), *model.diffusion.shape, generator=rng).to(device)
-        return decoder_loss(model, rows["video"].float() / 255, rows["s_a"], rows["f_ms"], t, noise)
+    def loss_of(model, rows: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        video = data["video"][rows].float() / 255
+        return shot_loss(model, video, data["s_a"][rows], data["f_ms"][rows], t, noise)
 
-    losses = train.fit(updater, batches(), loss_of, "adapt")
+    trainer = capture.Trainer(own, loss_of, lr, steps=steps, warmup=max(1, steps // 10))
+    drawn = capture.ahead(draw, steps, capture.threads(device))
+    for some in train.progress(drawn, "adapt"):
+        trainer(*(v.to(device) for v in some))
+    losses = trainer.losses()
     if before != (parameter_hash(mllm), parameter_hash(own.encoder)):
         raise RuntimeError("adaptation changed weights that are frozen")
     return own.requires_grad_(False), losses
@@ -1443,8 +1493,8 @@ def train_decoder(
     model = ShotDecoder(size, scope).to(run.device)
     if from_checkpoint:
         load(model, load_file(readrun.asset("animegamer/decoder.safetensors"))).requires_grad_(True)
-    pool = shot_pool(decoder["pool"], size["pixels"], 100)
-    losses = train_decoder_steps(model, pool, decoder["steps"], decoder["batch"], decoder["lr"], seed)
+    pool = shot_pool(decoder["pool"], size["pixels"], 100, run.device)
+    losses = train_decoder_steps(model, **decoder | {"pool": pool}, seed=seed)
     return {"weights": halves(model), "losses": np.array(losses)}
 
 
@@ -1481,7 +1531,7 @@ def predict_games(
 
 def decode_all(decoder, s_a: Tensor, levels: Tensor, test: dict, seed: int) -> Tensor:
     """Videos (B, T, 3, S, S) on the CPU of s_a (B, N, D) at levels (B,), in batches of at most 256."""
-    generator, out = torch.Generator().manual_seed(seed), []
+    decoder, generator, out = capture.fast(decoder), torch.Generator().manual_seed(seed), []
     for part, some in zip(s_a.split(256), levels.split(256), strict=True):
         scope = torch.tensor([level_value(int(v)) for v in some], device=part.device)
         out.append(decode(decoder, part, scope, test["steps"], test["guidance"], generator).cpu())

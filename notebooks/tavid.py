@@ -68,8 +68,8 @@ from diffusers.models.attention_processor import CogVideoXAttnProcessor2_0
 from diffusers.models.embeddings import apply_rotary_emb
 from peft import LoraConfig, get_peft_model_state_dict
 from readrun import bench as clock
+from readrun import capture, lm, media, paths, picker, plots, tables, train
 from readrun import cogvideox as cog
-from readrun import lm, media, paths, picker, plots, tables, train
 from scipy import ndimage
 from scipy.stats import rankdata
 from torch import Tensor
@@ -433,12 +433,18 @@ def v2t_map(q: Tensor, k: Tensor, rows: slice | Tensor, tgt: Tensor) -> Tensor:
 
     q, k: (B, H, N, d) as they enter the softmax. rows: which queries. tgt: (B,) key index of [TGT].
     """
-    if len(tgt) != len(k) or ((tgt < 0) | (tgt >= k.shape[2])).any():
+    if ((tgt < 0) | (tgt >= k.shape[2])).any():
         raise ValueError(f"tgt: {tgt.tolist()}; accepted: {len(k)} indices below {k.shape[2]}")
-    value = torch.zeros(k.shape[0], 1, k.shape[2], k.shape[3], dtype=k.dtype, device=k.device)
-    value[torch.arange(len(tgt), device=k.device), 0, tgt, 0] = 1
-    column = F.scaled_dot_product_attention(q[:, :, rows], k, value.expand_as(k))
-    return column[..., 0].mean(1)
+    return attention_column(q[:, :, rows], k, tgt)
+
+
+def attention_column(q: Tensor, k: Tensor, tgt: Tensor) -> Tensor:
+    """`v2t_map` of all queries given, for indices that were checked: a captured step may not look at them."""
+    if len(tgt) != len(k):
+        raise ValueError(f"tgt: {len(tgt)} of them; accepted: {len(k)} indices below {k.shape[2]}")
+    hot = torch.arange(k.shape[2], device=k.device) == tgt[:, None]
+    value = F.pad(hot.to(k.dtype)[:, None, :, None], (0, k.shape[3] - 1))
+    return F.scaled_dot_product_attention(q, k, value.expand_as(k))[..., 0].mean(1)
 
 
 def t2v_map(q: Tensor, k: Tensor, tgt: Tensor, cols: slice | Tensor) -> Tensor:
@@ -448,7 +454,11 @@ def t2v_map(q: Tensor, k: Tensor, tgt: Tensor, cols: slice | Tensor) -> Tensor:
     (detached) maximum is this chapter's choice; the paper's scaling is not known.
     """
     row = q[torch.arange(len(tgt), device=q.device), :, tgt]  # (B, H, d)
-    weight = torch.softmax((k @ row[..., None])[..., 0] / math.sqrt(k.shape[-1]), -1).mean(1)[:, cols]
+    scores, kind = (
+        (k @ row[..., None])[..., 0] / math.sqrt(k.shape[-1]),
+        torch.promote_types(k.dtype, torch.float32),
+    )
+    weight = torch.softmax(scores, -1, dtype=kind).mean(1)[:, cols]
     return weight / weight.detach().amax(1, keepdim=True).clamp_min(1e-12)
 
 
@@ -509,7 +519,7 @@ class Recorder:
             q, k = q[len(self.tgt) :], k[len(self.tgt) :]
         frame, found = slice(text, text + self.first), {}
         if self.region != "t2v":
-            found["v2t", block] = v2t_map(q, k, frame, self.tgt)
+            found["v2t", block] = attention_column(q[:, :, frame], k, self.tgt)
         if self.region != "v2t":
             found["t2v", block] = t2v_map(q, k, self.tgt, frame)
         if self.open:
@@ -664,7 +674,8 @@ def tavid_step(
 ) -> dict[str, Tensor]:  # fmt: skip
     """{loss, rec, attn} of one batch: latents, condition, ids (B, L), and with lam > 0 tgt (B,), mask_tokens.
 
-    Raises ValueError for latents that are not finite, for lam < 0 and for a batch without what lam needs.
+    timesteps and noise are drawn. Raises ValueError for latents that are not finite, for lam < 0 and for a
+    batch without what lam needs.
     """
     if lam < 0:
         raise ValueError(f"lam={lam}: must not be negative")
@@ -672,8 +683,23 @@ def tavid_step(
         raise ValueError("latents: must be finite")
     if lam and not {"tgt", "mask_tokens"} <= set(batch):
         raise ValueError("batch: with lam > 0 it needs tgt and mask_tokens")
+    drawn = draw_noise(batch["latents"].shape, len(model.scheduler.alphas_cumprod), generator)
+    return tavid_loss(model, batch, lam, blocks, region, *(v.to(batch["latents"].device) for v in drawn))
+
+
+def draw_noise(shape: Sequence[int], steps: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+    """Timesteps (B,) below `steps` and noise of `shape` (B, …), on the CPU: the same for every device."""
+    timesteps = torch.randint(steps, (shape[0],), generator=generator)
+    return timesteps, torch.randn(shape, generator=generator)
+
+
+def tavid_loss(
+    model: cog.VideoDiffusion, batch: dict[str, Tensor], lam: float, blocks: Sequence[int], region: str,
+    timesteps: Tensor, noise: Tensor,
+) -> dict[str, Tensor]:  # fmt: skip
+    """`tavid_step` of what was checked and drawn: no value steers it, so that a GPU can capture it."""
     embeds = model.embed(batch["ids"])
-    own = dict(condition=batch["condition"], generator=generator)
+    own = dict(condition=batch["condition"], timesteps=timesteps, noise=noise)
     if not lam:
         rec = cog.velocity_loss(model, batch["latents"], embeds, **own)
         return {"loss": rec, "rec": rec.detach(), "attn": torch.zeros((), device=rec.device)}
@@ -835,8 +861,8 @@ def clip_batch(scenes: Sequence[Scene], size: int, outline: bool = False) -> tup
 def new_model(size: int, frames: int, model: dict[str, int], seed: int = 0) -> cog.VideoDiffusion:
     """An image-to-video CogVideoX of toy size whose blocks start as the identity (zero gates and output)."""
     made = cog.build(
-        make_tokenizer(), frames=frames, height=size, width=size, text_length=12, condition_channels=48,
-        seed=seed, **model,
+        make_tokenizer(), frames=frames, height=size, width=size, text_length=TEXT_LENGTH,
+        condition_channels=48, seed=seed, **model,
     )  # fmt: skip
     net = made.transformer
     for block in net.transformer_blocks:
@@ -852,32 +878,57 @@ def new_model(size: int, frames: int, model: dict[str, int], seed: int = 0) -> c
 FORMS = ("plain", "plain", "noun", "sentence", "position")  # of the base's captions, equally often
 
 
+TEXT_LENGTH, TIMESTEPS = 12, 1000
+
+
+@functools.cache
+def caption_ids(words: str) -> Tensor:
+    """Ids (L,) of a caption, padded, on the CPU."""
+    return torch.tensor(make_tokenizer()(words, padding="max_length", max_length=TEXT_LENGTH)["input_ids"])
+
+
+def pool_part(part: int, count: int, size: int, frames: int) -> tuple[list[Scene], np.ndarray]:
+    """`count` training scenes of a stream of their own, every second one ambiguous; their clips as bytes."""
+    rng = np.random.default_rng([550_000, part])
+    scenes = [draw_scene(rng, frames, bool(i % 2)) for i in range(count)]
+    return scenes, np.stack([(render(s, size) * 255).round().astype("u1") for s in scenes])
+
+
+# %%
 def train_base(size: int, frames: int, model: dict[str, int], base: dict[str, Any]) -> dict[str, Any]:
     """The base's weights (averaged over steps, half precision) and its losses."""
-    made = new_model(size, frames, model).to(run.device)
-    updater = train.Updater(made, base["lr"], steps=base["steps"], warmup=50, ema=0.995, betas=(0.9, 0.99))
-    losses, pool, stored = [], [], None
+    made, pool, stored = new_model(size, frames, model).to(run.device), [], None
     if base["pool"]:
-        rng = np.random.default_rng(550_000)
-        pool = [draw_scene(rng, frames, bool(i % 2)) for i in range(base["pool"])]
-        stored = torch.from_numpy(np.stack([(render(s, size) * 255).round().astype("u1") for s in pool]))
-    for step in train.progress(range(base["steps"]), "base"):
+        part = functools.partial(pool_part, count=250, size=size, frames=frames)
+        parts = capture.spread(part, range(-(-base["pool"] // 250)), run.device)
+        pool = [scene for scenes, _ in parts for scene in scenes]
+        stored = torch.from_numpy(np.concatenate([clips for _, clips in parts])).to(run.device)
+
+    def draw(step: int) -> tuple[Tensor, ...]:
+        """(clips, or which of the pool; ids; timesteps; noise) of a step, on the CPU."""
         rng, g = np.random.default_rng([step, 7]), torch.Generator().manual_seed(step)
         if stored is None:
             scenes = [draw_scene(rng, frames, bool(i % 2)) for i in range(base["batch"])]
-            videos = clip_batch(scenes, size)[0].to(run.device)
+            shown = clip_batch(scenes, size)[0]
         else:
-            rows = rng.integers(len(pool), size=base["batch"])
-            scenes, videos = [pool[i] for i in rows], stored[rows].to(run.device) / 255
-        latents = made.codec.encode(videos)
-        ids = made.tokens([caption(s, FORMS[int(rng.integers(len(FORMS)))]) for s in scenes])
-        ids = made.drop_text(ids, 0.1, g)
-        condition = cog.place_frames(latents[:, :1], frames)
-        loss = cog.velocity_loss(made, latents, made.embed(ids), condition=condition, generator=g)
-        updater(loss)
-        losses.append(loss.detach())
-    weights = {name: p.half().cpu() for name, p in updater.average.state_dict().items()}
-    return {"weights": weights, "losses": torch.stack(losses).cpu().numpy()}
+            shown = torch.from_numpy(rng.integers(len(pool), size=base["batch"]))
+            scenes = [pool[i] for i in shown]
+        ids = torch.stack([caption_ids(caption(s, FORMS[int(rng.integers(len(FORMS)))])) for s in scenes])
+        ids = torch.where(torch.rand(len(ids), 1, generator=g) < 0.1, caption_ids(""), ids)
+        return shown, ids, *draw_noise((len(ids), *made.shape), TIMESTEPS, g)
+
+    def loss_of(net, shown: Tensor, ids: Tensor, timesteps: Tensor, noise: Tensor) -> Tensor:
+        latents = net.codec.encode(shown if stored is None else stored[shown] / 255)
+        own = dict(condition=cog.place_frames(latents[:, :1], frames), timesteps=timesteps, noise=noise)
+        return cog.velocity_loss(net, latents, net.embed(ids), **own)
+
+    options = dict(steps=base["steps"], warmup=50, ema=0.995, betas=(0.9, 0.99))
+    trainer = capture.Trainer(made, loss_of, base["lr"], **options)
+    drawn = capture.ahead(draw, base["steps"], capture.threads(run.device, 4))
+    for batch in train.progress(drawn, "base"):
+        trainer(*(v.to(run.device) for v in batch))
+    weights = {name: p.half().cpu() for name, p in trainer.average.state_dict().items()}
+    return {"weights": weights, "losses": np.array(trainer.losses(), np.float32)}
 
 
 # %% [markdown]
@@ -1248,23 +1299,35 @@ def tuning_stock(net, arm: dict[str, Any], clips: int, size: int, frames: int) -
 
 
 def fine_tune(net, arm: dict[str, Any], seed: int, clips: int, size: int, frames: int, blocks: Sequence[int],
-              tune: dict[str, Any], watch=lambda step: None) -> np.ndarray:  # fmt: skip
-    """Train `net` in place; `watch` is called after each step. Returns the losses (steps, 2): rec, attn."""
-    rng, g = np.random.default_rng([seed, 3]), torch.Generator().manual_seed(seed)
-    steps = tune["steps"] * arm.get("longer", 1)
-    updater = train.Updater(net, tune["lr"], steps=steps, warmup=10, betas=(0.9, 0.99))
-    stock, losses, order = tuning_stock(net, arm, clips, size, frames), [], []
-    for step in train.progress(range(1, steps + 1), "fine-tuning"):
+              tune: dict[str, Any], watch=lambda step, net: None) -> tuple[np.ndarray, Any]:  # fmt: skip
+    """Train `net` in place; `watch` is called after each step. Returns the losses (steps, 2), rec and attn,
+    and the network that computes: `net`, on a GPU a bfloat16 copy that follows it."""
+    rng, g, order = np.random.default_rng([seed, 3]), torch.Generator().manual_seed(seed), []
+    stock, steps = tuning_stock(net, arm, clips, size, frames), tune["steps"] * arm.get("longer", 1)
+    seen, losses = torch.zeros(2, device=run.device), []
+
+    def draw(step: int) -> tuple[Tensor, ...]:
+        nonlocal order
         while len(order) < tune["batch"]:
             order += rng.permutation(clips).tolist()
         rows, order = torch.tensor(order[: tune["batch"]]), order[tune["batch"] :]
         which = torch.from_numpy(rng.integers(2, size=len(rows))) % len(stock["ids"])
+        return which, rows, *draw_noise((len(rows), *net.shape), TIMESTEPS, g)
+
+    def loss_of(net, which: Tensor, rows: Tensor, timesteps: Tensor, noise: Tensor) -> Tensor:
         batch = {key: values[which, rows] for key, values in stock.items()}
-        found = tavid_step(net, batch, arm["lam"], blocks, arm.get("region", "v2t"), g)
-        updater(found["loss"])
-        losses.append(torch.stack([found["rec"], found["attn"]]))
-        watch(step)
-    return torch.stack(losses).cpu().numpy()
+        found = tavid_loss(net, batch, arm["lam"], blocks, arm.get("region", "v2t"), timesteps, noise)
+        seen.copy_(torch.stack([found["rec"], found["attn"]]))  # a replay leaves it in the same place
+        return found["loss"]
+
+    trainer = capture.Trainer(net, loss_of, tune["lr"], steps=steps, warmup=10, betas=(0.9, 0.99))
+    drawn = capture.ahead(draw, steps, capture.threads(run.device))
+    for step, batch in enumerate(train.progress(drawn, "fine-tuning"), 1):
+        trainer(*(v.to(run.device) for v in batch))
+        losses.append(seen.clone())
+        watch(step, trainer.network)
+    trainer.losses()  # not finite: an error
+    return torch.stack(losses).cpu().numpy(), trainer.network
 
 
 # %%
@@ -1292,7 +1355,7 @@ def choose_rate(
             arm, blocks = ARMS[name], select_blocks(model["depth"], "semantic", k, alignment["auc"])
             net = prepare_arm(load_base(base, size, frames, model), arm, tune["rank"], 900)
             try:
-                fine_tune(net, arm, 900, clips, size, frames, blocks, tune | {"lr": lr})
+                net = fine_tune(net, arm, 900, clips, size, frames, blocks, tune | {"lr": lr})[1]
                 hits.append(hit_rate(net, choice_scenes(frames, test), size, arm, "noun", test, guidance))
             except FloatingPointError:  # too high a rate
                 hits.append(0.0)
@@ -1315,12 +1378,12 @@ def tune_arm(
     at = [round(steps * (i + 1) / points) for i in range(points)]  # equally spaced, the last one is the end
     curve: list[float] = []
 
-    def watch(step: int) -> None:
+    def watch(step: int, net: Any) -> None:
         if step in at[:-1]:
             curve.append(hit_rate(net, few, size, arm, form, test, guidance))
 
     own = tune | {"lr": rate["best"]}
-    losses = fine_tune(net, arm, seed, clips, size, frames, blocks, own, watch)
+    losses, net = fine_tune(net, arm, seed, clips, size, frames, blocks, own, watch)
     out = test_arm(net, arm, form, size, frames, test, guidance, show)
     out["curve"] = np.array([*curve, out["ambiguous_hit"][: len(few)].mean()])
     if arm["mask"]:
@@ -1341,7 +1404,7 @@ def tune_arm(
 def choose_strength(size: int, frames: int, model: dict[str, int], base: Any, test: dict[str, int],
                     guidance: float, strengths: list[float]) -> dict[str, Any]:  # fmt: skip
     """The strength of attention modulation with the highest hit rate; a single one is not tried."""
-    net, scenes = load_base(base, size, frames, model), choice_scenes(frames, test)
+    net, scenes = capture.fast(load_base(base, size, frames, model)), choice_scenes(frames, test)
     tried = strengths if len(strengths) > 1 else []
     hits = [hit_rate(net, scenes, size, {"mask": False}, "plain", test, guidance, s) for s in tried]
     return {"strengths": strengths, "hits": hits, "best": strengths[int(np.argmax(hits or [0.0]))]}
@@ -1350,7 +1413,8 @@ def choose_strength(size: int, frames: int, model: dict[str, int], base: Any, te
 def test_base(name: str, size: int, frames: int, model: dict[str, int], base: Any, test: dict[str, int],
               guidance: float, show: int, choice: Any) -> dict[str, Any]:  # fmt: skip
     """The base, plain (choice None) or with attention modulation of the strength chosen."""
-    net, strength = load_base(base, size, frames, model), 0.0 if choice is None else choice["best"]
+    net = capture.fast(load_base(base, size, frames, model))
+    strength = 0.0 if choice is None else choice["best"]
     return test_arm(net, {"mask": False}, "plain", size, frames, test, guidance, show, strength)
 
 

@@ -450,15 +450,15 @@ def test_masks_reach_the_model_for_every_shape() -> None:
 def test_every_arm_trains_and_sees_the_same_clips(monkeypatch) -> None:
     size = dict(size=24, frames=4, model=TINY | dict(patch_size=1))
     start, seen = {"weights": q.new_model(**size).state_dict()}, {}
-    step = q.tavid_step
+    step = q.tavid_loss
 
-    def spy(net, batch, lam, blocks, region, g):
+    def spy(net, batch, lam, blocks, region, *drawn):
         seen.setdefault(name, []).append(
             (batch["latents"][:, -1].flatten(1).sum(1).tolist(), list(blocks), lam, region)
         )
-        return step(net, batch, lam, blocks, region, g)
+        return step(net, batch, lam, blocks, region, *drawn)
 
-    monkeypatch.setattr(q, "tavid_step", spy)
+    monkeypatch.setattr(q, "tavid_loss", spy)
     prepare, seeds = q.prepare_arm, set()
     monkeypatch.setattr(q, "prepare_arm", lambda *a: seeds.add(a[3]) or prepare(*a))
     generate, drawn = q.generate, set()

@@ -26,7 +26,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Generator, Tensor, nn
 from transformers import PreTrainedTokenizerBase, T5Config, T5EncoderModel
 
-from readrun import train
+from readrun import capture, train
 
 SCHEDULERS = {"ddim": diffusers.CogVideoXDDIMScheduler, "dpm": diffusers.CogVideoXDPMScheduler}
 # What every checkpoint's scheduler_config.json says; the classes' defaults differ in each entry.
@@ -34,6 +34,7 @@ FAMILY = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "cl
 FAMILY |= {"timestep_spacing": "trailing"}
 Scheduler: TypeAlias = diffusers.CogVideoXDDIMScheduler | diffusers.CogVideoXDPMScheduler
 Transformer: TypeAlias = diffusers.CogVideoXTransformer3DModel
+ROTARY = "use_rotary_positional_embeddings"
 
 
 def scheduler(kind: str = "ddim", snr_shift_scale: float = 1.0, **fields: Any) -> Scheduler:
@@ -108,7 +109,8 @@ def place_frames(given: Tensor, frames: int, at: Sequence[int] = (0,)) -> Tensor
     if given.ndim != 5 or len(set(places)) != len(at) or given.shape[1] != len(at):
         raise ValueError(f"at={tuple(at)}: one place in {frames} frames per frame of {tuple(given.shape)}")
     whole = given.new_zeros(given.shape[0], frames, *given.shape[2:])
-    whole[:, places] = given
+    for i, frame in zip(places, given.unbind(1), strict=True):  # a list as index would come from the host
+        whole[:, i] = frame
     return whole
 
 
@@ -216,8 +218,12 @@ class VideoDiffusion(nn.Module):
             accepted = f"exactly {c.max_text_seq_length}"
             raise ValueError(f"embeds: {embeds.shape[1]} text tokens; this transformer takes {accepted}")
         inputs["image_rotary_emb"] = rotary(self.transformer, states)
-        with train.autocast(states.device):
-            return self.transformer(states, embeds, timesteps, return_dict=False, **inputs)[0].float()
+        kind = (
+            self.transformer.proj_out.weight.dtype
+        )  # float32 weights compute in autocast, others as they are
+        with train.autocast(states.device if kind == torch.float32 else "cpu"):
+            own = [v.to(kind) for v in (states, embeds)]
+            return self.transformer(*own, timesteps, return_dict=False, **inputs)[0].float()
 
     def save(self, folder: str | Path, dtype: torch.dtype | None = None) -> Path:
         """Write a pipeline folder; dtype: of the weights on disk, else today's.
@@ -388,10 +394,20 @@ def sample(
         x = randn_tensor((len(embeds), *model.shape), generator=generator, device=model.device)
     plan = type(model.scheduler).from_config(model.scheduler.config)
     plan.set_timesteps(steps)
+    given = {"uncond": uncond, "condition": condition} | inputs
+    tensors = {name: v for name, v in given.items() if isinstance(v, Tensor)}
+    others = {name: v for name, v in given.items() if name not in tensors}
+
+    def velocity(x: Tensor, t: Tensor, embeds: Tensor, *rest: Tensor) -> Tensor:
+        own = dict(zip(tensors, rest, strict=True)) | others
+        return guided(model, x, t, embeds, guidance_scale=scale, **own)
+
+    plain = dynamic or any(v is not None for v in others.values()) or model.transformer.config[ROTARY]
     for i, t in enumerate(plan.timesteps):
         if dynamic:  # t counts training timesteps here, as it does in the pipelines
             scale = 1 + guidance_scale * (1 - math.cos(math.pi * ((steps - t.item()) / steps) ** 5)) / 2
-        v = guided(model, x, t.to(x.device).expand(len(x)), embeds, uncond, scale, condition, **inputs)
+        every = x, torch.full((len(x),), int(t), device=x.device), embeds, *tensors.values()
+        v = velocity(*every) if plain else capture.replayed(model, (scale, *tensors), velocity, *every)
         if isinstance(plan, diffusers.CogVideoXDPMScheduler):
             back = plan.timesteps[i - 1] if i else None
             x, old = plan.step(v, old, t, back, x, generator=generator, return_dict=False)
