@@ -810,7 +810,7 @@ def train_decoder_steps(
     )
     drawn = capture.ahead(draw, steps, capture.threads(device, 4 if streams else 1))
     for data in train.progress(drawn, "decoder"):
-        trainer(*(v.to(device) for v in data))
+        trainer(*capture.send(data, device))
     return trainer.losses()
 
 
@@ -1293,8 +1293,8 @@ def train_mllm_steps(
     steps = options["steps"]
     trainer = capture.Trainer(mllm, loss_of, options["lr"], steps=steps, warmup=max(1, steps // 20),
                               weight_decay=0.01)  # fmt: skip
-    if trainer.network is not mllm:
-        trainer.network.output_projector.float()  # a squared error in bfloat16 is noisy
+    for weight in trainer.network.output_projector.parameters():  # a squared error in bfloat16 is noisy
+        weight.data = weight.data.float()
     batches = mllm_batches(decoder, tokenizer, mllm.n_query, options, seed, history)
     for batch in train.progress(batches, "mllm"):
         trainer(*(batch[name] for name in names))
@@ -1363,7 +1363,7 @@ def adapt_decoder(decoder, mllm, data: dict[str, Tensor], steps: int, batch: int
     trainer = capture.Trainer(own, loss_of, lr, steps=steps, warmup=max(1, steps // 10))
     drawn = capture.ahead(draw, steps, capture.threads(device))
     for some in train.progress(drawn, "adapt"):
-        trainer(*(v.to(device) for v in some))
+        trainer(*capture.send(some, device))
     losses = trainer.losses()
     if before != (parameter_hash(mllm), parameter_hash(own.encoder)):
         raise RuntimeError("adaptation changed weights that are frozen")

@@ -926,7 +926,7 @@ def train_base(size: int, frames: int, model: dict[str, int], base: dict[str, An
     trainer = capture.Trainer(made, loss_of, base["lr"], **options)
     drawn = capture.ahead(draw, base["steps"], capture.threads(run.device, 4))
     for batch in train.progress(drawn, "base"):
-        trainer(*(v.to(run.device) for v in batch))
+        trainer(*capture.send(batch, run.device))
     weights = {name: p.half().cpu() for name, p in trainer.average.state_dict().items()}
     return {"weights": weights, "losses": np.array(trainer.losses(), np.float32)}
 
@@ -1323,7 +1323,7 @@ def fine_tune(net, arm: dict[str, Any], seed: int, clips: int, size: int, frames
     trainer = capture.Trainer(net, loss_of, tune["lr"], steps=steps, warmup=10, betas=(0.9, 0.99))
     drawn = capture.ahead(draw, steps, capture.threads(run.device))
     for step, batch in enumerate(train.progress(drawn, "fine-tuning"), 1):
-        trainer(*(v.to(run.device) for v in batch))
+        trainer(*capture.send(batch, run.device))
         losses.append(seen.clone())
         watch(step, trainer.network)
     trainer.losses()  # not finite: an error

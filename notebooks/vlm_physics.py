@@ -61,7 +61,19 @@ import torch.nn.functional as F
 from diffusers import CogVideoXTransformer3DModel
 from IPython.display import display
 from readrun import bench as clock
-from readrun import cogvideox, llm_http, llm_transformers, lm, media, noisewarp, picker, plots, tables, train
+from readrun import (
+    capture,
+    cogvideox,
+    llm_http,
+    llm_transformers,
+    lm,
+    media,
+    noisewarp,
+    picker,
+    plots,
+    tables,
+    train,
+)
 from readrun.llm import LLM, LLMError, ScriptedLLM
 from tokenizers import decoders
 from torch import Tensor
@@ -520,13 +532,20 @@ def warp_noise(flows: Tensor, channels: int, up: int = 1, down: int = 1,
         if not isinstance(value, int) or value < 1 or odd:
             raise ValueError(f"{name}: {value!r}; accepted: whole numbers; down divides {height}, {width}")
     check_flow(flows)
+    return carry_noise(flows, channels, up, down, generator, range(flows.shape[-4] + 1))
+
+
+def carry_noise(flows: Tensor, channels: int, up: int, down: int, generator: torch.Generator | None,
+                kept: Sequence[int]) -> Tensor:  # fmt: skip
+    """`warp_noise` of checked flows, of the frames `kept` only; it never looks at a value."""
+    height, width = (n * up for n in flows.shape[-2:])
     lead, flows = flows.shape[:-4], flows.reshape(-1, *flows.shape[-4:])
     q = torch.randn(len(flows), channels, height, width, generator=generator, device=flows.device)
     w, out = torch.ones_like(q[:, :1]), [F.avg_pool2d(q, down) * down]
-    for flow in flows.unbind(1):
+    for i, flow in enumerate(flows.unbind(1), 1):
         flow = flow if up == 1 else flow.repeat_interleave(up, -1).repeat_interleave(up, -2) * up
         q, w = move_noise(q, w, flow, generator)
-        out.append(F.avg_pool2d(q, down) * down)
+        out += [F.avg_pool2d(q, down) * down] if i in kept else []
     return torch.stack(out, 1).reshape(*lead, len(out), channels, *out[0].shape[-2:])
 
 
@@ -582,22 +601,29 @@ print(f"weight of the merged pixel: {ratio:.3f} times an untouched one")
 # %%
 def nearest_latent_frames(noise: Tensor, n: int, dim: int = 0) -> Tensor:
     """`n` of the frames of `noise` along `dim`, evenly spread, first and last included. ValueError: n."""
-    if not 2 <= n <= noise.shape[dim]:
-        raise ValueError(f"n: {n}; accepted: 2 to the {noise.shape[dim]} frames there are")
-    at = torch.linspace(0, noise.shape[dim] - 1, n).round().long()
-    return noise.index_select(dim, at.to(noise.device))
+    return torch.stack([noise.select(dim, i) for i in latent_frames(n, noise.shape[dim])], dim)
+
+
+def latent_frames(n: int, frames: int) -> list[int]:
+    """Which `n` of `frames` these are."""
+    if not 2 <= n <= frames:
+        raise ValueError(f"n: {n}; accepted: 2 to the {frames} frames there are")
+    return torch.linspace(0, frames - 1, n).round().long().tolist()
 
 
 def mix_noise(noise: Tensor, gamma: float | Sequence[float] | Tensor,
               generator: torch.Generator | None = None) -> Tensor:  # fmt: skip
-    """Noise (..., T, C, h, w) with a share gamma of fresh noise: a number, one per frame, or (..., T)."""
-    share = torch.as_tensor(gamma, dtype=noise.dtype, device=noise.device)
-    if not ((share >= 0) & (share <= 1)).all():
+    """Noise (..., T, C, h, w) with a share gamma of fresh noise: a number, one per frame, or (..., T).
+
+    A tensor on a GPU is not looked at: that would wait for it.
+    """
+    share = torch.as_tensor(gamma, dtype=noise.dtype)
+    if not share.is_cuda and not ((share >= 0) & (share <= 1)).all():
         raise ValueError(f"gamma: {gamma!r}; accepted: 0 to 1")
     if share.ndim:
         if share.shape[-1] != noise.shape[-4]:
             raise ValueError(f"gamma: {share.shape[-1]} values for {noise.shape[-4]} frames")
-        share = share[..., None, None, None]
+        share = share[..., None, None, None].to(noise.device)
     fresh = torch.randn(noise.shape, generator=generator, device=noise.device, dtype=noise.dtype)
     return ((1 - share) * noise + share * fresh) / ((1 - share) ** 2 + share**2).sqrt()
 
@@ -626,8 +652,11 @@ def plan_noise(boxes: Tensor, side: int, settings: dict, generator: torch.Genera
     scaled = torch.cat([corners[..., :2], corners[..., 2:] - corners[..., :2]], -1)
     view = None if camera is None else (camera * up).round()
     flows = analytic_flow(scaled, (side * up, side * up), view)
-    noise = warp_noise(flows, 48, 1, 4 * up, generator)
-    return nearest_latent_frames(noise, settings["latent_frames"], 1)
+    if not flows.is_cuda:  # to look would wait for the GPU
+        check_flow(flows)
+    return carry_noise(
+        flows, 48, 1, 4 * up, generator, latent_frames(settings["latent_frames"], boxes.shape[1])
+    )
 
 
 # %%
@@ -874,30 +903,67 @@ def planner_rows(scenes: Sequence[Scene], settings: dict, variant: str = "full",
     return pad(ids, padding_value=tokens.pad_token_id), pad(labels, padding_value=-100 if answers else 0)
 
 
+def by_hundreds(function, scenes: Sequence[Scene], device: str) -> list[tuple[np.ndarray, ...]]:
+    """function(some scenes), tensors, of all scenes, 100 at a time, beside a GPU on many cores; as arrays."""
+    some = lambda i: tuple(v.numpy() for v in function(scenes[i : i + 100]))  # noqa: E731
+    return capture.spread(some, range(0, len(scenes), 100), device)
+
+
+def planner_data(scenes: Sequence[Scene], settings: dict, variant: str) -> tuple[Tensor, Tensor]:
+    """`planner_rows` of many scenes."""
+    parts = by_hundreds(lambda some: planner_rows(some, settings, variant), scenes, run.device)
+    longest, fill = max(ids.shape[1] for ids, _ in parts), (planner_tokenizer().pad_token_id, -100)
+    rows = zip(*([np.pad(v, ((0, 0), (0, longest - v.shape[1])), constant_values=value)
+                  for v, value in zip(part, fill, strict=True)] for part in parts), strict=True)  # fmt: skip
+    ids, labels = (torch.from_numpy(np.concatenate(v)) for v in rows)
+    return ids, labels
+
+
+def stacked(scenes: Sequence[Scene], frames: int, side: int, device: str) -> list[Tensor]:
+    """`stack_scenes` of many scenes, on the device."""
+    parts = by_hundreds(lambda some: stack_scenes(some, frames, side), scenes, device)
+    return [torch.from_numpy(np.concatenate(v)).to(device) for v in zip(*parts, strict=True)]
+
+
 def pictures_of(scenes: Sequence[Scene], settings: dict) -> Tensor:
     """First frames (N, 3, S, S) in -1..1, on the run's device."""
-    parts = [p.to(run.device) for p in stack_scenes(scenes, 1, settings["side"])]
+    parts = stacked(scenes, 1, settings["side"], run.device)
     chunks = [composite(*(p[i : i + 256] for p in parts))[:, 0] for i in range(0, len(scenes), 256)]
     return torch.cat(chunks) * 2 - 1
 
 
+def planner_loss(model: Any, ids: Tensor, labels: Tensor, images: Tensor) -> Tensor:
+    """Cross entropy of the answers: `model(...).loss` for rows (B, L) that begin with the picture's tokens.
+
+    Rows are padded on the right, so that a causal model needs no mask; the library's own forward would look
+    at values (how many picture tokens are there?), which a captured step must not.
+    """
+    core = model.model
+    seen = core.vision_tower(pixel_values=images, output_hidden_states=True).hidden_states[-1][:, 1:]
+    seen = core.multi_modal_projector(seen)
+    x = torch.cat([seen, model.get_input_embeddings()(ids[:, seen.shape[1] :])], 1)
+    llama, at = core.language_model, torch.arange(ids.shape[1], device=ids.device)[None]
+    rope = llama.rotary_emb(x, position_ids=at)
+    for layer in llama.layers:
+        x = layer(x, attention_mask=None, position_ids=at, position_embeddings=rope)
+    logits = model.lm_head(llama.norm(x)[:, :-1]).float()
+    return F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
+
+
+# %%
 def train_vlm(seed: int, settings: dict, variant: str = "full") -> tuple[Any, list[float]]:
     """(planner's model, losses) after settings["vlm_fit"], on its own stream of scenes."""
     fit, rng = settings["vlm_fit"], np.random.default_rng([seed, 11])
     scenes = [draw_scene(rng) for _ in range(fit["pool"])]
-    data = *planner_rows(scenes, settings, variant), pictures_of(scenes, settings)
+    data = *planner_data(scenes, settings, variant), pictures_of(scenes, settings)
     data = [v.to(run.device) for v in data]
-    model = tiny_vlm(settings, seed).to(run.device)
-    updater = train.Updater(model, fit["lr"], steps=fit["steps"], warmup=min(50, fit["steps"] // 4))
+    model, steps = tiny_vlm(settings, seed).to(run.device), fit["steps"]
+    trainer = capture.Trainer(model, planner_loss, fit["lr"], steps=steps, warmup=min(50, steps // 4))
     generator = torch.Generator().manual_seed(seed)
-
-    def loss_of(model, rows: Tensor) -> Tensor:
-        ids, labels, images = (v[rows.to(v.device)] for v in data)
-        mask = (ids != model.config.text_config.pad_token_id).long()
-        return model(input_ids=ids, attention_mask=mask, pixel_values=images, labels=labels).loss
-
-    batches = (torch.randint(fit["pool"], (fit["batch"],), generator=generator) for _ in range(fit["steps"]))
-    return model.eval(), train.fit(updater, batches, loss_of, "planner")
+    drawn = [torch.randint(fit["pool"], (fit["batch"],), generator=generator) for _ in range(steps)]
+    for rows in train.progress(torch.stack(drawn).to(run.device), "planner"):
+        trainer(*(v[rows] for v in data))
+    return model.eval(), trainer.losses()
 
 
 # %%
@@ -993,7 +1059,7 @@ def make_clips(count: int, settings: dict, seed: int, device: str) -> dict[str, 
     """Training scenes: backgrounds, sprites and boxes as in `stack_scenes`, captions."""
     rng = np.random.default_rng([seed, 7])
     scenes = [draw_scene(rng) for _ in range(count)]
-    parts = (p.to(device) for p in stack_scenes(scenes, settings["frames"], settings["side"]))
+    parts = stacked(scenes, settings["frames"], settings["side"], device)
     named = dict(zip(("background", "sprites", "boxes"), parts, strict=True))
     return named | {"captions": [s.caption for s in scenes]}
 
@@ -1027,8 +1093,13 @@ def train_video_model(seed: int, settings: dict, gamma: str = "random") -> tuple
     clips = make_clips(fit["pool"], settings, seed, run.device)
     ids = torch.stack([model.tokens([c + end for c in clips["captions"]]) for end in ("", PANNED)])
     generator = torch.Generator(run.device).manual_seed(seed)
-    updater = train.Updater(model, fit["lr"], steps=fit["steps"], warmup=fit["warmup"], ema=0.99)
-    losses = []
+
+    def loss_of(model, latents: Tensor, ids: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        own = dict(condition=cogvideox.place_frames(latents[:, :1], latents.shape[1]), noise=noise)
+        return cogvideox.velocity_loss(model, latents, model.embed(ids), timesteps=timesteps, **own)
+
+    options = dict(steps=fit["steps"], warmup=fit["warmup"], ema=0.99)
+    trainer = capture.Trainer(model, loss_of, fit["lr"], **options)
     for step in train.progress(range(fit["steps"]), "video model"):
         lesson = step < fit["lesson"] * fit["steps"]
         rows = torch.randint(fit["pool"], (fit["batch"],), generator=generator, device=run.device)
@@ -1040,15 +1111,8 @@ def train_video_model(seed: int, settings: dict, gamma: str = "random") -> tuple
             noise = mix_noise(noise, share if gamma == "random" else float(gamma), generator)
             late = torch.rand(len(rows), generator=generator, device=run.device).sqrt()  # mostly noisy
             late = 0.9 + 0.1 * late if lesson else late
-        condition = cogvideox.place_frames(latents[:, :1], latents.shape[1])
-        with train.autocast(run.device):
-            loss = cogvideox.velocity_loss(
-                model, latents, model.embed(ids[moves.long(), rows]), condition=condition, noise=noise,
-                timesteps=(late * 1000).long().clamp_max(999),
-            )  # fmt: skip
-        updater(loss)
-        losses.append(loss.detach())
-    return updater.average.eval(), torch.stack(losses).tolist()
+        trainer(latents, ids[moves.long(), rows], noise, (late * 1000).long().clamp_max(999))
+    return trainer.average.eval(), trainer.losses()
 
 
 # %%
@@ -1274,10 +1338,11 @@ def fit_video_model(seed: int, settings: dict, gamma: str = "random") -> dict[st
 def load_video_model(settings: dict, trained: Any = None) -> cogvideox.VideoDiffusion:
     """The model of a `fit_video_model` unit, or the committed one."""
     if settings["committed"]:
-        return cogvideox.VideoDiffusion.load(readrun.asset("vlm_physics/video")).to(run.device).eval()
+        model = cogvideox.VideoDiffusion.load(readrun.asset("vlm_physics/video"))
+        return capture.fast(model.to(run.device).eval())
     model = video_model(settings, 0)
     model.load_state_dict({k: v.float() for k, v in trained["weights"].items()})
-    return model.to(run.device).eval()
+    return capture.fast(model.to(run.device).eval())
 
 
 # %%
@@ -1410,20 +1475,22 @@ def make_condition(name: str, takes: Takes, tracks: np.ndarray | None, model: An
 # %%
 def measure(frames: np.ndarray, takes: Takes, tracks: np.ndarray, masks: list[np.ndarray]) -> np.ndarray:
     """(N, 7): the four Physics-IQ metrics, centre error, PSNR inside and outside of the boxes."""
-    rows, side = [], frames.shape[2]
-    for i, scene in enumerate(takes.scenes):
+    side = frames.shape[2]
+
+    def row(i: int) -> list[float]:
+        scene, real = takes.scenes[i], takes.real1[i]
         count = len(scene.start)
         boxes = takes.boxes[i, :, :count]
         inside = box_mask(np.concatenate([boxes, np.repeat(boxes[:1], len(boxes), 0)], 1), side)
         inside[0] = False
         outside = ~inside
         outside[0] = False
-        real = takes.real1[i]
-        rows.append([
+        return [
             *clip_metrics(frames[i], real, masks[i]), centre_error(frames[i], tracks[i, :, :count], scene),
             psnr(frames[i], real, inside), psnr(frames[i], real, outside),
-        ])  # fmt: skip
-    return np.array(rows)
+        ]  # fmt: skip
+
+    return np.array(capture.spread(row, range(len(takes.scenes)), run.device))
 
 
 # %%
@@ -1455,8 +1522,9 @@ def evaluate(part: str, seed: int, conditions: list[str], video: Any, planner: A
         frames, white = make_condition(label, takes, tracks, used, seed, settings)
         out[f"m_{name}"] = measure(frames, takes, tracks[:, at], masks)
         if name == "none":  # how near it comes to a plan that nobody can guess
-            there = zip(frames, rough * to_track, takes.scenes, strict=True)
-            out["follow"] = np.array([centre_error(f, boxes[:, : len(s.start)], s) for f, boxes, s in there])
+            aims, made = rough * to_track, frames
+            off = lambda i: centre_error(made[i], aims[i, :, : len(takes.scenes[i].start)], takes.scenes[i])  # noqa: E731, B023
+            out["follow"] = np.array(capture.spread(off, range(len(made)), run.device))
         if white:
             out["noise"][name] = {k: float(np.mean([w[k] for w in white])) for k in white[0]}
         if part == "main":

@@ -2,6 +2,7 @@
 
 `Trainer` is `train.Updater` on `graphed.GraphedStep`; `replayed` runs a function of tensors as one CUDA graph
 per shape; `ahead` makes what comes next in threads. On a CPU all of it is the plain computation, bit for bit.
+READRUN_EAGER=1 captures nothing: for a GPU or a driver that refuses.
 """
 
 from __future__ import annotations
@@ -85,6 +86,18 @@ def spread(
     return [function(item) for item in listed]
 
 
+def captures(tensor: Tensor) -> bool:
+    """Whether what is computed on this tensor is captured."""
+    return tensor.is_cuda and not os.environ.get("READRUN_EAGER")
+
+
+def send(batch: Iterable[Tensor], device: str | torch.device) -> list[Tensor]:
+    """The tensors on the device. To a GPU they go by pinned memory, so that the host does not wait."""
+    if torch.device(device).type != "cuda":
+        return list(batch)
+    return [tensor.pin_memory().to(device, non_blocking=True) for tensor in batch]
+
+
 class Trainer:
     """`loss = trainer(*batch)`: `train.Updater`'s AdamW, schedule, clipping and average, in a captured step.
 
@@ -107,6 +120,7 @@ class Trainer:
             return rise * (0.5 + 0.5 * math.cos(math.pi * min(1, i / steps)))
 
         self.step = graphed.GraphedStep(model, loss_of, [optimizer], rate)
+        self.step.graphs = self.step.graphs and captures(learns[0])
         self.model, self.network, self.ema = model, self.step.model, ema
         self.average = copy.deepcopy(model).requires_grad_(False) if ema else None
         self.found: list[Tensor] = []
@@ -114,7 +128,7 @@ class Trainer:
     def __call__(self, *batch: Tensor) -> Tensor:
         loss = self.step(*batch)
         self.found.append(loss)
-        if not self.step.graphs or len(self.found) % graphed.CHECK_EVERY == 0:
+        if not loss.is_cuda or len(self.found) % graphed.CHECK_EVERY == 0:
             graphed._check(self.found)
         if self.average is not None:  # normalisation layers with running statistics are not expected
             count = len(self.found)
@@ -145,7 +159,7 @@ def replayed(owner: Any, name: Any, function: Callable[..., Tensor], *tensors: T
     owner: the module whose weights it reads; its graphs live as long as it does, and see weights that are
     changed in place. name: all that steers `function` and is no tensor. The next call overwrites the result.
     """
-    if not tensors[0].is_cuda:
+    if not captures(tensors[0]):
         return function(*tensors)
     known = _GRAPHS.setdefault(owner, {})
     key = name, tuple((t.shape, t.dtype) for t in tensors), next(owner.parameters()).data_ptr()
