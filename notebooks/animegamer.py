@@ -154,7 +154,7 @@ S = run.settings(
         adapt=dict(games=3000, steps=300, batch=96, lr=2e-4),
         test=dict(games=200, turns=10, steps=20, guidance=1.5, shots=640),
         long=dict(games=32, turns=30, late=20, steps=20, guidance=1.5),
-        speed=dict(tiny=False, repeats=30, history=4),
+        speed=dict(tiny=False, repeats=15, history=4),
     ),
 )  # fmt: skip
 S

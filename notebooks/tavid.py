@@ -141,7 +141,7 @@ S = run.settings(
         tune=dict(steps=300, batch=64, rank=32), rates=[3e-3, 6e-3, 1.2e-2],
         test=dict(scenes=256, plain=128, ring=64, steps=20),
         check=500, guidance=2.0, strengths=[2.0, 5.0, 15.0, 50.0], show=2,
-        cost=dict(tiny=False, repeats=12, warmup=2),
+        cost=dict(tiny=False, repeats=8, warmup=2),
     ),
 )  # fmt: skip
 S
@@ -687,6 +687,7 @@ def tavid_step(
     return tavid_loss(model, batch, lam, blocks, region, *(v.to(batch["latents"].device) for v in drawn))
 
 
+# %%
 def draw_noise(shape: Sequence[int], steps: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
     """Timesteps (B,) below `steps` and noise of `shape` (B, …), on the CPU: the same for every device."""
     timesteps = torch.randint(steps, (shape[0],), generator=generator)

@@ -903,6 +903,7 @@ def planner_rows(scenes: Sequence[Scene], settings: dict, variant: str = "full",
     return pad(ids, padding_value=tokens.pad_token_id), pad(labels, padding_value=-100 if answers else 0)
 
 
+# %%
 def by_hundreds(function, scenes: Sequence[Scene], device: str) -> list[tuple[np.ndarray, ...]]:
     """function(some scenes), tensors, of all scenes, 100 at a time, beside a GPU on many cores; as arrays."""
     some = lambda i: tuple(v.numpy() for v in function(scenes[i : i + 100]))  # noqa: E731

@@ -177,3 +177,24 @@ def replayed(owner: Any, name: Any, function: Callable[..., Tensor], *tensors: T
         kept.copy_(tensor)
     graph.replay()
     return out
+
+
+def replays(owner: Any, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """function(owner, **given) by `replayed`: the tensors among `given` are its inputs, the rest its name.
+
+    With anything but numbers, text and None beside the tensors nothing is captured.
+    """
+
+    def call(**given: Any) -> Tensor:
+        tensors = {name: v for name, v in given.items() if isinstance(v, Tensor)}
+        others = {name: v for name, v in given.items() if name not in tensors}
+        if not all(v is None or isinstance(v, (bool, int, float, str)) for v in others.values()):
+            return function(owner, **given)
+
+        def of_tensors(*values: Tensor) -> Tensor:
+            return function(owner, **others, **dict(zip(tensors, values, strict=True)))
+
+        name = function.__qualname__, *others.items(), *tensors
+        return replayed(owner, name, of_tensors, *tensors.values())
+
+    return call

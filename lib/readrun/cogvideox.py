@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -34,7 +35,6 @@ FAMILY = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "cl
 FAMILY |= {"timestep_spacing": "trailing"}
 Scheduler: TypeAlias = diffusers.CogVideoXDDIMScheduler | diffusers.CogVideoXDPMScheduler
 Transformer: TypeAlias = diffusers.CogVideoXTransformer3DModel
-ROTARY = "use_rotary_positional_embeddings"
 
 
 def scheduler(kind: str = "ddim", snr_shift_scale: float = 1.0, **fields: Any) -> Scheduler:
@@ -394,20 +394,14 @@ def sample(
         x = randn_tensor((len(embeds), *model.shape), generator=generator, device=model.device)
     plan = type(model.scheduler).from_config(model.scheduler.config)
     plan.set_timesteps(steps)
-    given = {"uncond": uncond, "condition": condition} | inputs
-    tensors = {name: v for name, v in given.items() if isinstance(v, Tensor)}
-    others = {name: v for name, v in given.items() if name not in tensors}
-
-    def velocity(x: Tensor, t: Tensor, embeds: Tensor, *rest: Tensor) -> Tensor:
-        own = dict(zip(tensors, rest, strict=True)) | others
-        return guided(model, x, t, embeds, guidance_scale=scale, **own)
-
-    plain = dynamic or any(v is not None for v in others.values()) or model.transformer.config[ROTARY]
+    plain = dynamic or model.transformer.config.use_rotary_positional_embeddings
+    call = functools.partial(guided, model) if plain else capture.replays(model, guided)
+    own = dict(embeds=embeds, uncond=uncond, condition=condition) | inputs
     for i, t in enumerate(plan.timesteps):
         if dynamic:  # t counts training timesteps here, as it does in the pipelines
             scale = 1 + guidance_scale * (1 - math.cos(math.pi * ((steps - t.item()) / steps) ** 5)) / 2
-        every = x, torch.full((len(x),), int(t), device=x.device), embeds, *tensors.values()
-        v = velocity(*every) if plain else capture.replayed(model, (scale, *tensors), velocity, *every)
+        times = torch.full((len(x),), int(t), device=x.device)
+        v = call(noisy=x, timesteps=times, guidance_scale=scale, **own)
         if isinstance(plan, diffusers.CogVideoXDPMScheduler):
             back = plan.timesteps[i - 1] if i else None
             x, old = plan.step(v, old, t, back, x, generator=generator, return_dict=False)
