@@ -387,8 +387,7 @@ def sample(
     """
     if steps < 1 or guidance_scale < 0:
         raise ValueError(f"steps={steps}, guidance_scale={guidance_scale}: at least 1 and 0")
-    guide = guidance_scale > 1
-    uncond = (model.embed([""]) if uncond is None else uncond) if guide else None
+    uncond = None if guidance_scale <= 1 else model.embed([""]) if uncond is None else uncond
     x, old, scale = latents, None, guidance_scale
     if x is None:
         x = randn_tensor((len(embeds), *model.shape), generator=generator, device=model.device)
