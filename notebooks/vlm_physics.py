@@ -888,9 +888,12 @@ def tiny_vlm(settings: dict, seed: int) -> LlavaForConditionalGeneration:
 
 
 # %%
-def planner_rows(scenes: Sequence[Scene], settings: dict, variant: str = "full", answers: bool = True):
-    """(ids, labels) padded on the right, or (ids, mask) of prompts padded on the left; each (N, L) long."""
-    tokens, pairs = planner_tokenizer(), [planner_text(s, settings["latent_frames"], variant) for s in scenes]
+def planner_rows(scenes: Sequence[Scene], settings: dict, variant: str = "full", answers: bool = True,
+                 pairs: Sequence[tuple[str, str]] | None = None):  # fmt: skip
+    """(ids, labels) padded on the right, or (ids, mask) of prompts padded on the left; each (N, L) long.
+
+    pairs: the `planner_text` of every scene, if it is there already."""
+    tokens, pairs = planner_tokenizer(), pairs or planner_texts(settings["latent_frames"], variant, scenes)
     pictures = [tokens.convert_tokens_to_ids("<image>")] * (settings["side"] // 8) ** 2
     heads, tails = (tokens([pair[i] for pair in pairs])["input_ids"] for i in range(2))
     ids, labels = [], []
@@ -903,26 +906,25 @@ def planner_rows(scenes: Sequence[Scene], settings: dict, variant: str = "full",
     return pad(ids, padding_value=tokens.pad_token_id), pad(labels, padding_value=-100 if answers else 0)
 
 
+def planner_texts(n_keys: int, variant: str, scenes: Sequence[Scene]) -> list[tuple[str, str]]:
+    """The `planner_text` of every scene."""
+    return [planner_text(s, n_keys, variant) for s in scenes]
+
+
 # %%
-def by_hundreds(function, scenes: Sequence[Scene], device: str) -> list[tuple[np.ndarray, ...]]:
-    """function(some scenes), tensors, of all scenes, 100 at a time, beside a GPU on many cores; as arrays."""
-    some = lambda i: tuple(v.numpy() for v in function(scenes[i : i + 100]))  # noqa: E731
-    return capture.spread(some, range(0, len(scenes), 100), device)
+def stacked_arrays(frames: int, side: int, scenes: Sequence[Scene]) -> list[np.ndarray]:
+    """`stack_scenes` as arrays."""
+    return [v.numpy() for v in stack_scenes(scenes, frames, side)]
 
 
-def planner_data(scenes: Sequence[Scene], settings: dict, variant: str) -> tuple[Tensor, Tensor]:
-    """`planner_rows` of many scenes."""
-    parts = by_hundreds(lambda some: planner_rows(some, settings, variant), scenes, run.device)
-    longest, fill = max(ids.shape[1] for ids, _ in parts), (planner_tokenizer().pad_token_id, -100)
-    rows = zip(*([np.pad(v, ((0, 0), (0, longest - v.shape[1])), constant_values=value)
-                  for v, value in zip(part, fill, strict=True)] for part in parts), strict=True)  # fmt: skip
-    ids, labels = (torch.from_numpy(np.concatenate(v)) for v in rows)
-    return ids, labels
+def in_parts(function, scenes: Sequence[Scene], device: str) -> list:
+    """function(some scenes) of all scenes, 250 at a time, beside a GPU in several processes."""
+    return capture.spread(function, [scenes[i : i + 250] for i in range(0, len(scenes), 250)], device)
 
 
 def stacked(scenes: Sequence[Scene], frames: int, side: int, device: str) -> list[Tensor]:
     """`stack_scenes` of many scenes, on the device."""
-    parts = by_hundreds(lambda some: stack_scenes(some, frames, side), scenes, device)
+    parts = in_parts(functools.partial(stacked_arrays, frames, side), scenes, device)
     return [torch.from_numpy(np.concatenate(v)).to(device) for v in zip(*parts, strict=True)]
 
 
@@ -956,8 +958,9 @@ def train_vlm(seed: int, settings: dict, variant: str = "full") -> tuple[Any, li
     """(planner's model, losses) after settings["vlm_fit"], on its own stream of scenes."""
     fit, rng = settings["vlm_fit"], np.random.default_rng([seed, 11])
     scenes = [draw_scene(rng) for _ in range(fit["pool"])]
-    data = *planner_data(scenes, settings, variant), pictures_of(scenes, settings)
-    data = [v.to(run.device) for v in data]
+    texts = in_parts(functools.partial(planner_texts, settings["latent_frames"], variant), scenes, run.device)
+    rows = planner_rows(scenes, settings, variant, pairs=[pair for part in texts for pair in part])
+    data = [v.to(run.device) for v in (*rows, pictures_of(scenes, settings))]
     model, steps = tiny_vlm(settings, seed).to(run.device), fit["steps"]
     trainer = capture.Trainer(model, planner_loss, fit["lr"], steps=steps, warmup=min(50, steps // 4))
     generator = torch.Generator().manual_seed(seed)
@@ -1491,7 +1494,7 @@ def measure(frames: np.ndarray, takes: Takes, tracks: np.ndarray, masks: list[np
             psnr(frames[i], real, inside), psnr(frames[i], real, outside),
         ]  # fmt: skip
 
-    return np.array(capture.spread(row, range(len(takes.scenes)), run.device))
+    return np.array(capture.spread(row, range(len(takes.scenes)), run.device, backend="threading"))
 
 
 # %%
@@ -1525,7 +1528,7 @@ def evaluate(part: str, seed: int, conditions: list[str], video: Any, planner: A
         if name == "none":  # how near it comes to a plan that nobody can guess
             aims, made = rough * to_track, frames
             off = lambda i: centre_error(made[i], aims[i, :, : len(takes.scenes[i].start)], takes.scenes[i])  # noqa: E731, B023
-            out["follow"] = np.array(capture.spread(off, range(len(made)), run.device))
+            out["follow"] = np.array(capture.spread(off, range(len(made)), run.device, backend="threading"))
         if white:
             out["noise"][name] = {k: float(np.mean([w[k] for w in white])) for k in white[0]}
         if part == "main":

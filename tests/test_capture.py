@@ -1,4 +1,4 @@
-"""Captured training and denoising steps, as far as a CPU can: equal to the plain ones; draws ahead; forks."""
+"""Captured training and denoising steps, as far as a CPU can: equal to the plain ones; draws and work ahead."""
 
 from __future__ import annotations
 
@@ -73,16 +73,24 @@ def test_what_is_made_ahead_comes_in_order(workers: int) -> None:
     assert capture.threads("cpu", 4) == 0 and capture.threads("cuda", 4) == 4
 
 
-def test_forked_work_is_the_plain_work(monkeypatch) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(3))
-    offset = {"value": 7}  # a closure: it is inherited, not pickled
-    work = lambda i: (i + offset["value"], os.getpid())  # noqa: E731
-    here, there = (capture.spread(work, range(9), device) for device in ("cpu", "cuda"))
-    assert [v for v, _ in here] == [v for v, _ in there] == list(range(7, 16))
-    assert {pid for _, pid in here} == {os.getpid()} and os.getpid() not in {pid for _, pid in there}
-    late = lambda i: threading.Event().wait(0 if os.getpid() == parent else 60) or i  # noqa: E731
-    parent = os.getpid()
-    assert capture.spread(late, range(4), "cuda", patience=0.2) == list(range(4))
+@pytest.mark.parametrize("backend", ["loky", "threading"])
+def test_spread_work_is_the_plain_work(monkeypatch, backend: str) -> None:
+    """In order, elsewhere if there are processes; what cannot be sent is computed here, with its errors."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(2))
+    offset, process = {"value": 7}, os.getpid
+    work = lambda i: (i + offset["value"], process())  # noqa: E731
+    here, there = (capture.spread(work, range(5), device, backend=backend) for device in ("cpu", "cuda"))
+    assert [v for v, _ in here] == [v for v, _ in there] == list(range(7, 12))
+    assert {pid for _, pid in here} == {os.getpid()}
+    assert (os.getpid() in {pid for _, pid in there}) == (backend == "threading")
+    if backend == "loky":
+        lock = threading.Lock()  # cannot be pickled
+        with pytest.warns(UserWarning, match="computed in this process"):
+            assert capture.spread(lambda i: (i, lock.locked()), range(3), "cuda") == [
+                (i, False) for i in range(3)
+            ]
+    with pytest.warns(UserWarning), pytest.raises(ZeroDivisionError):
+        capture.spread(lambda i: 1 // i, range(3), "cuda", backend=backend)
 
 
 @pytest.fixture

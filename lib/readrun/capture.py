@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import copy
 import math
-import multiprocessing
 import os
-import sys
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
+import joblib
 import torch
 from torch import Tensor
 
@@ -55,34 +55,26 @@ def threads(device: str | torch.device, most: int = 1) -> int:
     return most if torch.device(device).type == "cuda" else 0
 
 
-_JOB: Callable[[Any], Any] = len  # what forked workers run: they inherit it, so it need not be pickled
-
-
-def _run(item: Any) -> Any:
-    return _JOB(item)
-
-
 def spread(
-    function: Callable[[Any], Any], items: Iterable[Any], device: str | torch.device, patience: float = 90.0
-) -> list[Any]:
-    """[function(item) for item in items], beside a GPU in up to eight forked processes.
+    function: Callable[[Any], Any], items: Iterable[Any], device: str | torch.device, *,
+    backend: str = "loky", patience: float = 90.0,
+) -> list[Any]:  # fmt: skip
+    """[function(item) for item in items], beside a GPU on several cores.
 
-    For work on the CPU whose items and results are pickled: arrays, not tensors. Whatever a process does not
-    finish within `patience` seconds in all is computed here: a fork that hangs costs time and nothing else.
+    backend: "loky", fresh processes (a fork of one that holds a GPU may end it): the function, what it
+    reaches, items and results are pickled, so it must reach nothing cached and no tensors; "threading", for
+    work in libraries that let other threads run. What fails there, or takes more than `patience` seconds for
+    one item, is computed here.
     """
-    global _JOB
     listed = list(items)
-    workers = min(8, len(os.sched_getaffinity(0)), len(listed))
+    workers = min(4 if backend == "loky" else 8, len(os.sched_getaffinity(0)), len(listed))
     if torch.device(device).type != "cuda" or workers < 2:
         return [function(item) for item in listed]
-    _JOB = function
-    if "cv2" in sys.modules:  # its threads would not survive a fork
-        sys.modules["cv2"].setNumThreads(0)
-    with multiprocessing.get_context("fork").Pool(workers, torch.set_num_threads, (1,)) as pool:
-        try:
-            return pool.map_async(_run, listed, chunksize=1).get(patience)
-        except multiprocessing.TimeoutError:
-            pass
+    try:
+        pool = joblib.Parallel(workers, backend=backend, batch_size=1, timeout=patience)
+        return pool(joblib.delayed(function)(item) for item in listed)
+    except Exception as error:  # a lost worker, a function that cannot be pickled: its own errors come again
+        warnings.warn(f"spread: {type(error).__name__}: {error}: computed in this process", stacklevel=2)
     return [function(item) for item in listed]
 
 
