@@ -1,4 +1,4 @@
-"""Captured training and denoising steps, as far as a CPU can: equal to the plain ones; draws and work ahead."""
+"""Captured training and denoising steps, as far as a CPU can: equal to plain ones; draws and work ahead."""
 
 from __future__ import annotations
 
