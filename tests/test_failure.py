@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -67,6 +68,23 @@ def test_full_disk(fixture_book: FixtureBook, small_disk: Path) -> None:
 def test_full_disk_is_named() -> None:
     assert _failure(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), False, 1.0)["state"] == "disk_full"
     assert _failure(OSError(errno.EACCES, os.strerror(errno.EACCES)), False, 1.0)["state"] == "failed"
+
+
+def test_the_error_that_another_one_hides_is_named() -> None:
+    """A block whose exit fails too, as that of a broken CUDA capture does."""
+
+    @contextlib.contextmanager
+    def capture() -> Iterator[None]:
+        try:
+            yield
+        finally:
+            raise RuntimeError("a previous error")
+
+    for hidden, more in ((MemoryError("no room"), " (while handling MemoryError: no room)"), (None, "")):
+        with pytest.raises(RuntimeError) as caught, capture():  # noqa: PT012
+            if hidden:
+                raise hidden
+        assert _failure(caught.value, False, 1.0)["error"] == f"RuntimeError: a previous error{more}"
 
 
 @pytest.mark.parametrize(("fault", "state", "cell"), [("die", "dead_kernel", 4), ("hang", "timeout", 4)])

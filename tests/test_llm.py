@@ -7,12 +7,15 @@ import math
 import socket
 import threading
 import time
+import weakref
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
+from readrun import decode
 from readrun import llm as client
 from readrun.llm import (
     LLMError,
@@ -145,6 +148,29 @@ def test_batches_of_any_size_give_what_single_calls_give(folder):
         (alone,) = pairs.generate(question, max_tokens=9)
         assert (alone.text, alone.tokens, alone.usage) == (reply.text, reply.tokens, reply.usage)
         assert alone.logprobs == pytest.approx(reply.logprobs, abs=1e-4)
+
+
+def test_growing_conversations_on_a_gpu_need_one_decoder_and_few_captures(folder, monkeypatch):
+    """What would be captured is counted; the model says "cuda" and computes here."""
+    asked = [[f"{question} " * times for question in ASKED] for times in (1, 3, 5, 7, 3, 9)]
+    options = dict(batch_size=2, top_logprobs=0)
+    expected = [from_spec(str(folder), **options).generate_batch(turn, max_tokens=9) for turn in asked]
+    llm, alive, captured, runs = from_spec(str(folder), **options), weakref.WeakSet(), set(), 0
+
+    def counted(self, function, *arguments):
+        nonlocal runs
+        alive.add(self)
+        captured.add((self.batch, self.prompt_len, function.__name__, *arguments))
+        runs += 1
+        return function(*arguments)
+
+    monkeypatch.setattr(decode.Decoder, "_run", counted)
+    monkeypatch.setattr(type(llm.model), "device", SimpleNamespace(type="cuda"))
+    for turn, replies in zip(asked, expected, strict=True):
+        assert llm.generate_batch(turn, max_tokens=9) == replies
+        assert len(alive) == 1, "a Decoder that was replaced is still there, with its graphs and its cache"
+    assert {width for _, width, *_ in captured} == {128, 256 - 9}, "prompts of up to 128 tokens, and longer"
+    assert len(captured) <= 6 and runs > 10 * len(captured)  # prompts with padding or without, and a step
 
 
 @pytest.mark.parametrize(

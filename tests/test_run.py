@@ -192,6 +192,24 @@ def test_no_cudnn_attention_on_a_gpu(tmp_path: Path) -> None:
         torch.backends.cuda.enable_cudnn_sdp(on)
 
 
+def test_jax_of_a_library_stays_off_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """bm25s starts JAX when it is imported: here a stand-in that says on which platforms it would start."""
+    pytest.importorskip("bm25s")
+    (tmp_path / "jax").mkdir()
+    (tmp_path / "jax/__init__.py").touch()
+    lax = "import os\ndef top_k(scores, k):\n    print(os.environ.get('JAX_PLATFORMS', 'all'))\n"
+    (tmp_path / "jax/lax.py").write_text(lax)
+    program = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import readrun; {{}}; import bm25s"
+    start = "readrun.start('toy', device='cpu')"
+    for before, given, seen in (("0", {}, "all"), (start, {}, "cpu"), (start, {"JAX_PLATFORMS": "x"}, "x")):
+        monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+        for name, value in given.items():
+            monkeypatch.setenv(name, value)
+        assert (
+            subprocess.check_output([sys.executable, "-c", program.format(before)], text=True) == f"{seen}\n"
+        )
+
+
 def test_start_needs_no_torch() -> None:
     program = "import sys, readrun; readrun.start('toy', device='cpu'); print('torch' in sys.modules)"
     assert subprocess.check_output([sys.executable, "-c", program], text=True) == "False\n"

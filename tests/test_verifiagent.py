@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import random
+import threading
 import types
 from fractions import Fraction
 
@@ -287,6 +288,33 @@ def test_a_perfect_agent_is_always_right() -> None:
         assert q.same_answer(q.tool_answer(v), c.item.answer)
         assert v.calls[0] == q.TOOL_OF[c.item.kind]
         assert (v.error_reason, v.revision) == ("None", "None") if c.correct else v.error_reason != "None"
+
+
+def test_one_batch_a_turn_and_one_thread_for_the_model() -> None:
+    """Tools run in threads of their own; a GPU that is capturing a graph must see one thread only."""
+    sizes, asking, using = [], set(), set()
+
+    class Watched(ScriptedLLM):
+        def _generate(self, requests):
+            sizes.append(len(requests))
+            asking.add(threading.get_ident())
+            return super()._generate(requests)
+
+    def search(_: str) -> q.Observation:
+        using.add(threading.get_ident())
+        return q.Observation("x")
+
+    turns = {f"Is {n} even?": n for n in (1, 2, 3)}  # so many searches before the verdict
+
+    def script(messages):
+        wanted = next(n for question, n in turns.items() if question in messages[1]["content"])
+        return "Action: Evaluate[Correct]" if len(messages) > 2 * wanted else SEARCH
+
+    agent = q.VerifiAgent(Watched(script), {"search": search}, workers=3)
+    verdicts = agent.verify_many([(question, "Answer: True") for question in [*turns, "Is 3 even?"]])
+    assert [len(v.calls) for v in verdicts] == [1, 2, 3, 3] and all(v.correct for v in verdicts)
+    assert sizes == [4, 4, 3, 2], "not all that wait for the model were asked together"
+    assert asking == {threading.get_ident()} and asking.isdisjoint(using)
 
 
 def test_a_malformed_agent_ends_without_a_verdict() -> None:

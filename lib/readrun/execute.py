@@ -111,8 +111,11 @@ def _failure(error: BaseException, expired: bool, limit: float) -> dict[str, str
         state = "disk_full"
     elif re.search(r"sha256|checksum|corrupt", value):
         state = "corrupt_data"
-    text = re.sub(r"\x1b\[[0-9;]*m", "", text)[-20_000:]
-    return {"state": state, "error": f"{name}: {value}"[:2000], "traceback": text}
+    text = re.sub(r"\x1b\[[0-9;]*m", "", text)
+    above, chained, _ = text.partition("During handling of the above exception, another exception occurred")
+    if chained and (first := re.findall(r"^[\w.]+(?:Error|Exception): .*$", above, re.M)):
+        value += f" (while handling {first[-1]})"  # the cause: a broken CUDA capture ends with a second error
+    return {"state": state, "error": f"{name}: {value}"[:2000], "traceback": text[-20_000:]}
 
 
 def _where(executed: Path) -> int | None:

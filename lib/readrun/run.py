@@ -201,6 +201,8 @@ def start(
         except TypeError as error:
             raise ValueError(f"{error}; accepted: JSON data") from None
     run = Run(slug, {**given, **numbers, **own}, _device(device, profile, only))
+    # bm25s starts JAX where it is installed, and that takes three quarters of the GPU's memory for itself
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
     import numpy as np
 
     random.seed(numbers["seed"])
