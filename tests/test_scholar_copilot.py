@@ -633,6 +633,33 @@ def test_a_pasted_reference_is_not_found_any_more() -> None:
     assert q.recall_curves({k: q.dynamic_lists(best, contexts, k) for k in q.KS}, contexts)[0, 0] == 0
 
 
+@given(st.lists(st.sampled_from("abcde"), min_size=2, max_size=6), st.integers(0, 99))
+def test_a_mark_alone_finds_no_more_than_all_marks(cited, seed) -> None:
+    contexts = [context(0, n, name) for n, name in enumerate(cited)]
+    best = [list(np.random.default_rng([seed, n]).permutation(list("abcde"))) for n in range(len(cited))]
+    ranks = np.array([own.index(c.doc) + 1 for own, c in zip(best, contexts, strict=True)])
+    least = q.own_marks(ranks, contexts)
+    first = {name: cited.index(name) for name in cited}  # by hand: only where it is first cited
+    expected = [np.mean([ranks[i] <= 3 for i in first.values()])] if len(first) > 1 else []
+    assert least.tolist() == pytest.approx(expected)
+    all_marks = q.recall_curves({k: q.dynamic_lists(best, contexts, k) for k in q.KS}, contexts)
+    assert (least <= all_marks[q.KS.index(3)]).all()
+
+
+def test_groups_of_contexts_are_what_they_say() -> None:
+    docs = {n: doc(n, text) for n, text in (("a", "pkg.solveLinear system"), ("b", "pkg other words"))}
+    some = q.Corpus(docs, [q.Paper("p", "toy", "toy/p", ("we use",))], [])
+    texts = ["nothing at hand", "a linear system we solve", "other things"]
+    contexts = [context()._replace(left=t, doc=d) for t, d in zip(texts, "aab", strict=True)]
+    # "pkg" stands in both documents and weighs nothing; the other words of a document weigh the same
+    assert q.shared_words(some, contexts).tolist() == pytest.approx([0, 1, 0.5])
+    method = q.Paper("file:pkg.mod.Class.method", "pkg", "file", ("x",))
+    function = q.Paper("file:pkg.mod.function", "pkg", "file", ("x",))
+    for paper in (method, function):
+        near = [q.near_home(paper, f"api:{n}") for n in ("pkg.mod.other", "pkg.mod.Class.b", "pkg.model.x")]
+        assert near == [True, True, False]
+
+
 def test_long_queries_of_the_encoder_keep_their_end() -> None:
     config = BertConfig(vocab_size=300, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
                         num_attention_heads=2, max_position_embeddings=128)  # fmt: skip
