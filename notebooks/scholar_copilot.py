@@ -2228,6 +2228,7 @@ def gather_costs(metrics: dict, arrays: dict) -> None:
         metrics["query_vector_error"] = {"cached": [timed["same"]["error"]]}
 
 
+# %%
 def gather_marks(arrays: dict) -> None:
     """Test labels: share of marks behind a token of white space alone, share of such tokens before a mark."""
     tok, limits = tokenizer_for(S.vocab_size, S.papers), (S.recipe["max_len"], S.recipe["content"])
