@@ -854,3 +854,22 @@ def test_wrong_checkpoints(tmp_path) -> None:
         q.load_checkpoint(str(tmp_path / "empty"))
     with pytest.raises(ValueError, match="checkpoint"):
         readrun.start("meddistract", profile="smoke", checkpoint=str(tmp_path / "nowhere"))
+
+
+def test_traffic_counts_what_is_read_and_written_between_products() -> None:
+    x, w = torch.zeros(4, 8), torch.zeros(8, 8)
+    with torch.no_grad(), q.Traffic() as traffic:
+        y = x * 2  # reads and writes 4 x 8 floats
+        z = torch.cat([y, y])  # reads two of them, writes twice as many
+        torch.nn.functional.linear(z.view(8, 8).T, w)  # views and products do not count
+    assert traffic.bytes == 4 * (2 * 32 + 4 * 32)
+    small = q.bytes_between_products(1, 8, [64, 1, 2, 2, 128, 16])
+    assert q.bytes_between_products(2, 8, [64, 3, 2, 2, 128, 16]) == pytest.approx(6 * small, rel=0.05)
+
+
+def test_seeds_needed_is_the_first_that_is_enough() -> None:
+    d = np.array([0.013, 0.002, -0.005, -0.002, 0.005])
+    n = int(q.seeds_needed(d, 0.0072).split()[0])
+    half = lambda k: scipy.stats.t.ppf(0.975, k - 1) * d.std(ddof=1) / k**0.5  # noqa: E731
+    assert half(n) <= 0.0072 < half(n - 1)
+    assert q.seeds_needed(d, -0.01).startswith("no number")
