@@ -67,6 +67,7 @@ from readrun import bench, capture, cogvideox, lm, media, picker, plots, tables,
 from readrun import decode as decode_lm
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     AutoModelForCausalLM,
@@ -1140,8 +1141,9 @@ class ShotModel(nn.Module):
     def read(self, hidden: Tensor, query_slots: Tensor) -> Tensor:
         """s_a (B, N, D): the last hidden state exactly at the query positions, projected."""
         at = query_slots[..., None].expand(-1, -1, hidden.shape[-1])
+        whole = {k: v.float() for k, v in self.output_projector.named_parameters()}
         with torch.autocast(hidden.device.type, enabled=False):  # a squared error in bf16 is noisy
-            return self.output_projector(hidden.gather(1, at).float())
+            return functional_call(self.output_projector, whole, hidden.gather(1, at).float())
 
 
 # %%
@@ -1293,8 +1295,6 @@ def train_mllm_steps(
     steps = options["steps"]
     trainer = capture.Trainer(mllm, loss_of, options["lr"], steps=steps, warmup=max(1, steps // 20),
                               weight_decay=0.01)  # fmt: skip
-    for weight in trainer.network.output_projector.parameters():  # a squared error in bfloat16 is noisy
-        weight.data = weight.data.float()
     batches = mllm_batches(decoder, tokenizer, mllm.n_query, options, seed, history)
     for batch in train.progress(batches, "mllm"):
         trainer(*(batch[name] for name in names))

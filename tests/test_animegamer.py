@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from readrun import chapter
+from readrun import chapter, graphed
 from safetensors.torch import save_file
 
 q = chapter("animegamer")
@@ -342,6 +342,11 @@ def test_phases_train_what_they_say(tokenizer) -> None:
     hashes = [q.parameter_hash(m) for m in (decoder, model)]
     q.train_mllm_steps(model, decoder, tokenizer, dict(steps=2, batch=2, lr=1e-3, games=6), 0)
     assert q.parameter_hash(decoder) == hashes[0] and q.parameter_hash(model) != hashes[1]  # (b): model only
+    half = graphed._copy_in(model, torch.bfloat16)  # a GPU's: of one type, or one copy of all weights fails
+    games = q.make_games(2, 3, 0)
+    batch = q.turn_batch(games, q.encode_games(decoder, games, 0), 3, tokenizer, N, True)
+    exact, near = (m(batch)["loss"].item() for m in (model, half))
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16} and abs(near - exact) < 0.05 * exact
     model.requires_grad_(False)
     data, kept = q.adaptation_data(model, decoder, tokenizer, 10, 0), q.parameter_hash(model)
     assert data["s_a"].shape == (10, N, D) and data["video"].dtype == torch.uint8

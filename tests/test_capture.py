@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import os
 import threading
 import types
@@ -44,6 +45,18 @@ def test_a_trainer_is_the_updater_bit_for_bit(frozen: bool) -> None:
     for a, b in ((ours, theirs), (trainer.average, updater.average)):
         assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
     assert not torch.equal(trainer.average[2].weight, ours[2].weight)
+
+
+def test_nothing_is_collected_in_a_step() -> None:
+    """It could free a graph, in any thread, and so end a capture; then it goes on, also after errors."""
+    seen: list[bool] = []
+    trainer = capture.Trainer(
+        net(), lambda model, x, y: (seen.append(gc.isenabled()), loss_of(model, x, y))[1], 0.1, steps=3
+    )
+    trainer(*batches(1)[0])
+    with pytest.raises(RuntimeError):
+        trainer(torch.zeros(1, 3), torch.zeros(1, 2))
+    assert seen == [False, False] and gc.isenabled()
 
 
 def test_a_diverged_training_stops() -> None:
@@ -104,6 +117,7 @@ def captured(monkeypatch) -> list:
 
     @contextlib.contextmanager
     def graph(one, stream):
+        assert not gc.isenabled()
         yield
         one.function, one.inputs, one.out = calls[-1]
         one.out.zero_()  # a capture computes nothing

@@ -7,7 +7,9 @@ READRUN_EAGER=1 captures nothing: for a GPU or a driver that refuses.
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import gc
 import math
 import os
 import warnings
@@ -83,6 +85,18 @@ def captures(tensor: Tensor) -> bool:
     return tensor.is_cuda and not os.environ.get("READRUN_EAGER")
 
 
+@contextlib.contextmanager
+def uncollected() -> Iterator[None]:
+    """No garbage collection within: what it frees, in any thread, could be a graph, and end a capture."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
+
+
 def send(batch: Iterable[Tensor], device: str | torch.device) -> list[Tensor]:
     """The tensors on the device. To a GPU they go by pinned memory, so that the host does not wait."""
     if torch.device(device).type != "cuda":
@@ -118,7 +132,8 @@ class Trainer:
         self.found: list[Tensor] = []
 
     def __call__(self, *batch: Tensor) -> Tensor:
-        loss = self.step(*batch)
+        with uncollected():
+            loss = self.step(*batch)
         self.found.append(loss)
         if not loss.is_cuda or len(self.found) % graphed.CHECK_EVERY == 0:
             graphed._check(self.found)
@@ -162,7 +177,7 @@ def replayed(owner: Any, name: Any, function: Callable[..., Tensor], *tensors: T
             function(*inputs)  # warms up
         here.wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
+        with uncollected(), torch.cuda.graph(graph, stream=stream):
             known[key] = graph, inputs, function(*inputs)
     graph, inputs, out = known[key]
     for kept, tensor in zip(inputs, tensors, strict=True):

@@ -188,10 +188,7 @@ class VideoDiffusion(nn.Module):
         return torch.tensor(ids, device=self.device)
 
     def embed(self, text: Sequence[str] | Tensor) -> Tensor:
-        """Embeddings (batch, text length, text width) of prompts, or of ids from `tokens`, with gradients.
-
-        Padding is not masked, as in the pipelines.
-        """
+        """Embeddings (batch, text length, text width) of prompts or `tokens`; padding is seen too."""
         if self.text_encoder is None:
             raise ValueError("text: this model has no text encoder")
         return self.text_encoder(input_ids=text if isinstance(text, Tensor) else self.tokens(text))[0]
@@ -218,18 +215,14 @@ class VideoDiffusion(nn.Module):
             accepted = f"exactly {c.max_text_seq_length}"
             raise ValueError(f"embeds: {embeds.shape[1]} text tokens; this transformer takes {accepted}")
         inputs["image_rotary_emb"] = rotary(self.transformer, states)
-        kind = (
-            self.transformer.proj_out.weight.dtype
-        )  # float32 weights compute in autocast, others as they are
+        kind = self.transformer.proj_out.weight.dtype  # float32 computes in autocast, others as they are
         with train.autocast(states.device if kind == torch.float32 else "cpu"):
             own = [v.to(kind) for v in (states, embeds)]
             return self.transformer(*own, timesteps, return_dict=False, **inputs)[0].float()
 
     def save(self, folder: str | Path, dtype: torch.dtype | None = None) -> Path:
-        """Write a pipeline folder; dtype: of the weights on disk, else today's.
-
-        Layout and files are diffusers'; the numbers of a `Pixels` codec stand in pixels.json, not in a vae/.
-        """
+        """Write diffusers' pipeline folder; dtype: of the weights on disk, else today's. The numbers of a
+        `Pixels` codec stand in pixels.json, not in a vae/."""
         folder, own = Path(folder), self if dtype is None else copy.deepcopy(self).to(dtype)
         c, vae = self.transformer.config, getattr(own.codec, "vae", None)
         image = "ImageToVideo" if c.in_channels >= 2 * c.out_channels else ""
@@ -245,9 +238,7 @@ class VideoDiffusion(nn.Module):
     @classmethod
     def load(cls, checkpoint: str | Path, dtype: torch.dtype = torch.float32) -> VideoDiffusion:
         """Read a CogVideoX pipeline (text or image to video), a folder or hub id, published or saved here.
-
-        Raises ValueError, naming `checkpoint`, for a folder that is none.
-        """
+        Raises ValueError, naming `checkpoint`, for a folder that is none."""
         folder, absent = Path(checkpoint), {}
         if folder.is_dir():
             if not (folder / "model_index.json").is_file():
@@ -294,12 +285,11 @@ def build(
     if height % codec.factor or width % codec.factor:
         raise ValueError(f"height={height}, width={width}: both must be divisible by {codec.factor}")
     size: dict[str, Any] = dict(frames=frames, height=height // codec.factor, width=width // codec.factor)
+    size["channels"] = codec.channels
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         words = None if tokenizer is None else text_encoder(len(tokenizer), text_width, text_depth)
-        net = transformer(
-            channels=codec.channels, **size, text_length=text_length, text_width=text_width, **fields
-        )
+        net = transformer(**size, text_length=text_length, text_width=text_width, **fields)
     return VideoDiffusion(net, scheduler(kind, snr_shift_scale), codec, words, tokenizer)
 
 
