@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -490,6 +491,14 @@ def linear_cases() -> dict[str, float]:
     return found
 
 
+def row_cases() -> dict[str, float]:
+    """The second attempt at one row: one plan of a kind, groups that do not divide the inputs."""
+    small = {"w4a16": (4, 2), "w4a8": (4, 2), "w8a8": (2, 128), "w16a16": (2, 128)}
+    q.onerow.ROW_PLANS = {kind: [("row", tile, 4, 1)] for kind, tile in small.items()}
+    shapes = dict(in_proj=(5, 128), out_proj=(8, 384))
+    return {k: v for kind in small for k, v in q.row_errors(kind, shapes, "cpu").items()}
+
+
 def layer_cases() -> dict[str, float]:
     sizes = dict(
         hidden_size=128,
@@ -511,6 +520,18 @@ def test_linear_kernels() -> None:
     assert max(v for k, v in found.items() if k.startswith(("w4a16", "w16a16"))) < 0.01  # float32 inside
 
 
+def test_row_kernels() -> None:
+    pytest.importorskip("triton")
+    found = child()["row"]
+    assert len(found) == 12 and max(found.values()) <= 1.0, {k: v for k, v in found.items() if v > 1}
+    assert max(v for k, v in found.items() if "a16" in k) < 0.01
+
+
+def test_bench_refuses_without_its_tuning() -> None:
+    with pytest.raises(RuntimeError, match="tune_linear/rows=16 has no result"):
+        q.plans_from({"16": types.SimpleNamespace(done=False)})
+
+
 def test_layer_kernels() -> None:
     pytest.importorskip("triton")
     found = child()["layer"]
@@ -521,4 +542,4 @@ def test_layer_kernels() -> None:
 
 if __name__ == "__main__" and INTERPRETED:
     torch.manual_seed(0)
-    print(json.dumps({"linear": linear_cases(), "layer": layer_cases()}))
+    print(json.dumps({"linear": linear_cases(), "layer": layer_cases(), "row": row_cases()}))

@@ -2,10 +2,11 @@
 """Triton kernels of a Mamba-2 layer around its products: convolution, scan, step, gate, Hadamard, rounding.
 
 Rows `zx` are what in_proj gives, [z | x | B | C | dt]; C counts the channels of x, B, C. Launched, with a
-torch reference beside each, by the chapter `quamba2`.
+torch reference beside each, by the chapter `quamba2`. PDL: as in `readrun.onerow`.
 """
 
 from readrun.lowbit import constexpr, jit, nearest, put, tl
+from readrun.onerow import gdc_launch_dependents, gdc_wait
 
 
 @jit
@@ -124,13 +125,18 @@ def step_kernel(
     zx, ring, pos_at, weight, bias, s_in, s_mid, dt_bias, A, D, state, s_state, rows, norm_weight, inside,
     u, squares,
     width, s_z, s_dt, QUANT: constexpr, STATE8: constexpr, ROTATE: constexpr, H: constexpr, P: constexpr,
-    N: constexpr, G: constexpr,
+    N: constexpr, G: constexpr, PDL: constexpr,
 ):  # fmt: skip
     """One token of one head: convolution, state update, output, gate, Hadamard inside the head."""
     b, h, p, n = tl.program_id(0), tl.program_id(1), tl.arange(0, P), tl.arange(0, N)
+    to = state + ((b * H + h).to(tl.int64) * P + p[:, None]) * N + n[None, :]
+    s = tl.load(to)  # first: most of the bytes, and of the token before this one
     g, e, C, pos = h // (H // G), H * P, H * P + 2 * G * N, tl.load(pos_at).to(tl.int32)
     at, base = b.to(tl.int64) * width, b.to(tl.int64) * 4 * C
     cx, cb, cc = h * P + p, e + g * N + n, e + (G + g) * N + n
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     x, new_x = tap(zx, ring, weight, bias, s_in, cx, at, base, e, C, pos, QUANT)
     bs, new_b = tap(zx, ring, weight, bias, s_in, cb, at, base, e, C, pos, QUANT)
     cs, new_c = tap(zx, ring, weight, bias, s_in, cc, at, base, e, C, pos, QUANT)
@@ -145,8 +151,7 @@ def step_kernel(
         bs = tl.minimum(tl.maximum(nearest(bs / sb), -128.0), 127.0) * sb
         cs = tl.minimum(tl.maximum(nearest(cs / sc), -128.0), 127.0) * sc
     dt = softplus(tl.load(zx + at + width - H + h).to(tl.float32) * s_dt + tl.load(dt_bias + h))
-    to = state + ((b * H + h).to(tl.int64) * P + p[:, None]) * N + n[None, :]
-    s = tl.load(to).to(tl.float32)
+    s = s.to(tl.float32)
     if STATE8:
         step = tl.load(s_state + tl.load(rows + cx)[:, None] * N + n[None, :])
         s = s * step
@@ -165,17 +170,23 @@ def step_kernel(
 
 
 @jit
-def mix_kernel(u, squares, across, out, inv, eps, H: constexpr, P: constexpr, R: constexpr, BH: constexpr,
-               BP: constexpr, ROTATE: constexpr, OUT8: constexpr, KIND: constexpr):  # fmt: skip
+def mix_kernel(
+    u, squares, across, out, inv, eps, H: constexpr, P: constexpr, R: constexpr, BH: constexpr, BP: constexpr,
+    ROTATE: constexpr, OUT8: constexpr, KIND: constexpr, PDL: constexpr,
+):  # fmt: skip
     """BP channels of all heads of one row: norm per SSD group, Hadamard across heads, rounding."""
     b, h, p = tl.program_id(0).to(tl.int64), tl.arange(0, BH), tl.program_id(1) * BP + tl.arange(0, BP)
+    if ROTATE:
+        square = (h < H)[:, None] & (h < H)[None, :]
+        matrix = tl.load(across + h[None, :] * H + h[:, None], mask=square, other=0.0)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     of = tl.load(squares + b * H + h, mask=h < H, other=0.0)
     same = (h // R)[:, None] == (h // R)[None, :]
     factor = tl.rsqrt(tl.sum(tl.where(same, of[None, :], 0.0), 1) / (R * P) + eps)
     at, good = b * (H * P) + h[:, None] * P + p[None, :], (h < H)[:, None] & (p < P)[None, :]
     v = tl.load(u + at, mask=good, other=0.0) * factor[:, None]
     if ROTATE:
-        square = (h < H)[:, None] & (h < H)[None, :]
-        matrix = tl.load(across + h[None, :] * H + h[:, None], mask=square, other=0.0)
         v = tl.dot(matrix.to(KIND), v.to(KIND), input_precision="ieee")
     put(out, at, v * inv, out, good, False, OUT8)
