@@ -2317,6 +2317,7 @@ def row_call(
     return onerow.row_linear(kind, x, w, sg, scale, out, plan, name == "out_proj", eps)
 
 
+# %%
 @torch.no_grad()
 def row_errors(kind: str, shapes: dict, device: str) -> dict[str, float]:
     """`linear_errors` of the plans of `readrun.onerow`; here a plan that does not run is an error of 1e9."""
@@ -2342,6 +2343,7 @@ def row_errors(kind: str, shapes: dict, device: str) -> dict[str, float]:
     return found
 
 
+# %%
 def check_rows(speed: dict) -> dict[str, Any]:
     """Errors over tolerance of the second attempt at products of one row, at the measured shapes."""
     found: dict[str, float] = {}
@@ -2370,6 +2372,7 @@ def early_start(steps: int = 40) -> str:
     return ""
 
 
+# %%
 def engines_differ(a: Engine, b: Engine) -> str:
     """What of two engines is not equal bit by bit, or ""."""
     parts = dict(logits=(a.logits, b.logits), tokens=(a.ids, b.ids))
@@ -2377,6 +2380,7 @@ def engines_differ(a: Engine, b: Engine) -> str:
     return ", ".join(name for name, (x, y) in parts.items() if not torch.equal(x, y))[:80]
 
 
+# %%
 def check_early() -> dict[str, Any]:
     """{same, why}: `early_start` in a process of its own, since a fault on a GPU ends its process."""
     if run.device != "cuda":
@@ -2460,9 +2464,11 @@ def tune_linear(rows: int, speed: dict) -> dict[str, Any]:
 
     least: of one row, the best plans of each attempt, {"first" | "rows": {key: plan}}.
     """
-    shapes, table, best, peers = linear_shapes(bench_config(speed)), {}, {}, {}
-    least: dict[str, dict] = {"first": {}, "rows": {}}
-    calls_in_graph = 40 if rows <= 64 else 12 if rows < 8000 else 4
+    shapes, calls_in_graph = (
+        linear_shapes(bench_config(speed)),
+        40 if rows <= 64 else 12 if rows < 8000 else 4,
+    )
+    table, best, peers, least = {}, {}, {}, {"first": {}, "rows": {}}
     names = {n: s for n, s in shapes.items() if rows <= 64 or n != "lm_head"}
     names = names if rows < 8000 else {"in_proj": shapes["in_proj"]}
     for name, (n, k) in names.items():
@@ -2502,6 +2508,7 @@ def tune_linear(rows: int, speed: dict) -> dict[str, Any]:
     )
 
 
+# %%
 def plans_from(tuned: Any, way: str = "") -> dict[str, tuple]:
     """What `Engine` wants, from tuning units {rows: unit}: the best plans, of one row those of `way`.
 
@@ -2579,6 +2586,7 @@ def try_ways(
     return best, ms, errors
 
 
+# %%
 @torch.no_grad()
 def bench_decode(speed: dict, tuned: Any, early: Any) -> dict[str, Any]:
     """Milliseconds per token of every recipe at every batch: "ms__<recipe>__<batch>"; bytes of the models.
