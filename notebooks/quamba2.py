@@ -2458,6 +2458,16 @@ def peers_of(kind: str, rows: int, n: int, k: int, speed: dict) -> dict[str, flo
 
 
 # %%
+def least_of(times: dict[tuple, tuple]) -> dict[str, list]:
+    """The best plan of the first attempt and of the second ("rows"), from {plan: (ms, …)}."""
+    found = {}
+    for way, own in (("first", False), ("rows", True)):
+        some = [(ms, plan) for plan, (ms, _) in times.items() if (plan[0] == "row") == own]
+        found |= {way: list(min(some)[1])} if some else {}
+    return found
+
+
+# %%
 @torch.no_grad()
 def tune_linear(rows: int, speed: dict) -> dict[str, Any]:
     """Milliseconds of every plan for the three products at so many rows; the best plan of each; peers.
@@ -2496,10 +2506,8 @@ def tune_linear(rows: int, speed: dict) -> dict[str, Any]:
                 again = graph_ms(times[chosen][1], speed, calls_in_graph)  # anew: the least of many flatters
                 key = f"{kind}/{rows_key(rows)}/{name}"
                 best[key] = [list(chosen), again]
-                for way, own in (("first", False), ("rows", True)):
-                    some = [(ms, plan) for plan, (ms, _) in times.items() if (plan[0] == "row") == own]
-                    if rows == 1 and some:
-                        least[way][key] = list(min(some)[1])
+                for way, plan in least_of(times).items() if rows == 1 else ():
+                    least[way][key] = plan
             times.clear()
             del w, sg, copies
     kind_of = torch.bfloat16 if run.device == "cuda" else torch.float32
