@@ -2458,6 +2458,11 @@ def peers_of(kind: str, rows: int, n: int, k: int, speed: dict) -> dict[str, flo
 
 
 # %%
+def row_plans(kind: str, rows: int, speed: dict) -> list[tuple]:
+    """Plans of the second attempt, which is for one row."""
+    return onerow.ROW_PLANS[kind] if rows == 1 and not speed["tiny"] else []
+
+
 def least_of(times: dict[tuple, tuple]) -> dict[str, list]:
     """The best plan of the first attempt and of the second ("rows"), from {plan: (ms, …)}."""
     found = {}
@@ -2489,8 +2494,7 @@ def tune_linear(rows: int, speed: dict) -> dict[str, Any]:
             x = make_input(kind, rows, k, run.device, rows == 1 and name != "out_proj")
             eps = 1e-5 if kind.endswith("a16") and rows == 1 and name != "out_proj" else None
             expected, times = reference_linear(kind, x, w, sg, scale, eps), {}
-            more = onerow.ROW_PLANS[kind] if rows == 1 and not speed["tiny"] else []
-            for plan in plans_of(kind, rows, speed) + more:
+            for plan in plans_of(kind, rows, speed) + row_plans(kind, rows, speed):
                 out = out_of(kind, name, rows, n, run.device)
                 calls = [
                     functools.partial(row_call, kind, name, x, one, sg, scale, plan, out) for (one,) in copies
