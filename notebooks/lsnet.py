@@ -452,15 +452,21 @@ def on_gpu(x: Tensor) -> bool:
     return triton is not None and x.is_cuda
 
 
-@torch.library.custom_op("readrun::ska_grad_x", mutates_args=())
+# A name belongs to the last who defined it, and torch 2.14 crashes in an operator whose name was taken
+# (PyTorch pull request 197025): a notebook keeps its own when `chapter("lsnet")` is loaded beside it, as
+# `results` does.
+SPACE = "readrun_" + __name__.rpartition(".")[2].strip("_")
+
+
+@torch.library.custom_op(f"{SPACE}::ska_grad_x", mutates_args=())
 def ska_grad_x_op(g: Tensor, w: Tensor) -> Tensor:
-    """The gradient of `readrun::ska` in x."""
+    """The gradient of `ska_op` in x."""
     return triton_grad_x(g, w) if on_gpu(g) else ska_grad_x(g, w).contiguous(memory_format=format_of(g))
 
 
-@torch.library.custom_op("readrun::ska_grad_w", mutates_args=())
+@torch.library.custom_op(f"{SPACE}::ska_grad_w", mutates_args=())
 def ska_grad_w_op(g: Tensor, x: Tensor, groups: int, kernel_size: int) -> Tensor:
-    """The gradient of `readrun::ska` in w."""
+    """The gradient of `ska_op` in w."""
     if on_gpu(g):
         return triton_grad_w(g, x, groups, kernel_size)
     return empty_kernels(x, groups, kernel_size**2).copy_(ska_grad_w(g, x, groups, kernel_size))
@@ -499,14 +505,15 @@ def known(op: Any) -> Any:
     op.register_autograd(
         ska_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs)
     )
-    flop_registry.pop(torch.ops.readrun.ska, None)  # of an earlier run of this cell
-    count_of = register_flop_formula(torch.ops.readrun.ska)
+    packet = getattr(torch.ops, SPACE).ska
+    flop_registry.pop(packet, None)  # of an earlier run of this cell
+    count_of = register_flop_formula(packet)
     count_of(lambda x, w, *_, out_shape=None, **__: 2 * w[2] * math.prod(x))
     return op
 
 
 @known
-@torch.library.custom_op("readrun::ska", mutates_args=())
+@torch.library.custom_op(f"{SPACE}::ska", mutates_args=())
 def ska_op(x: Tensor, w: Tensor) -> Tensor:
     """Small kernel aggregation, unchecked: Triton on CUDA, else the reference."""
     return triton_ska(x, w) if on_gpu(x) else ska_reference(x, w).contiguous(memory_format=format_of(x))
@@ -1853,7 +1860,7 @@ def profile_ops(name: str, speed: dict) -> dict[str, Any]:
     spent = {
         event.key: event.self_device_time_total if cuda else event.self_cpu_time_total
         for event in recorded.key_averages()
-        if event.key.startswith(("aten::", "readrun::"))
+        if event.key.startswith(("aten::", f"{SPACE}::"))
     }
     total = sum(spent.values()) or 1.0
     on_device = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import itertools
 import json
 import math
@@ -533,3 +534,17 @@ def test_checkpoint_path(tmp_path, capsys, monkeypatch) -> None:
         text = capsys.readouterr().out
         said.append(next(line for line in text.splitlines() if "largest logit" in line))
     assert said[0].startswith("lsnet_t_distill") and said[1].startswith("lsnet_t:") and said[0] != said[1]
+
+
+def test_operators_of_the_notebook_outlive_those_of_the_chapter() -> None:
+    """`results` loads the chapter beside the notebook: an operator whose name is taken reads freed memory."""
+    nodes = ast.parse(Path(q.__file__).read_text()).body
+    operators = [
+        node for node in nodes if "SPACE" in ast.unparse(node) and "profile_ops" not in ast.unparse(node)
+    ]
+    notebook = dict(vars(q)) | {"__name__": "__main__"}
+    exec(compile(ast.Module(operators, []), q.__file__, "exec"), notebook)  # noqa: S102
+    x, w = torch.randn(1, 8, 4, 4), torch.randn(1, 1, 9, 4, 4)
+    for space, found in ((q.SPACE, q.ska_op), (notebook["SPACE"], notebook["ska_op"])):
+        assert getattr(torch.ops, space).ska.default is found._opoverload
+        torch.testing.assert_close(found(x, w), q.ska_reference(x, w))
